@@ -1,0 +1,1 @@
+"""Checkpoints: `policy` decides (pure), `store` writes, verifies and loads."""

@@ -1,0 +1,37 @@
+"""What a model costs: parameters, FLOPs and the hardware's limits. Pure: no torch."""
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+
+
+@dataclass(kw_only=True)
+class GpuConfig:
+    """One accelerator (or a CPU that stands in for one). Sources of the numbers: docs/numbers.md."""
+
+    name: str
+    device: str  # cuda | cpu
+    peak_bf16_tflops: float  # dense, as the vendor states it: what MFU is measured against
+    memory_gb: float  # 1e9 bytes
+    memory_gb_per_s: float  # HBM bandwidth
+    intra_node_gb_per_s: float  # per GPU, one direction (NVLink, Infinity Fabric)
+    inter_node_gb_per_s: float  # per GPU, one direction
+    watts: float  # board power limit
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """All parameters: embedding and untied output, and per layer 4 dim^2 + 3 dim ffn_dim + 2 dim; a final norm."""
+    per_layer = 4 * model.dim**2 + 3 * model.dim * model.ffn_dim + 2 * model.dim
+    return 2 * model.vocab_size * model.dim + model.n_layers * per_layer + model.dim
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """Model FLOPs of one training token, forward and backward.
+
+    6 per parameter that multiplies (the embedding is a look-up) plus causal attention: QK^T and AV each cost
+    2 T dim per token and layer, half of it masked, and three times that with the backward pass
+    (PaLM, arXiv 2204.02311, appendix B, with the masked half not counted, since it is not computed).
+    """
+    multiplying = parameter_count(model) - model.vocab_size * model.dim
+    attention = 6 * model.n_layers * model.sequence_length * model.dim
+    return 6.0 * multiplying + attention

@@ -1,0 +1,1 @@
+"""From documents to batches: tokenizer, mixture, packing and loader."""

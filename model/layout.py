@@ -1,0 +1,88 @@
+"""How one model is laid over many GPUs: the degrees of the device mesh and what they need. Pure: no torch."""
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+
+RECOMPUTE = ("none", "selective", "full", "auto")
+PIPELINE_SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble")
+
+
+@dataclass(kw_only=True)
+class Layout:
+    """Mesh degrees. Ranks are numbered pp-major, tp-minor: neighbours of a tensor group share a node."""
+
+    name: str
+    dp_replicate: int = 1  # HSDP: copies of the sharded model
+    dp_shard: int = 1  # FSDP2: ranks that share one copy of parameters, gradients and optimizer state
+    tp: int = 1  # tensor (with sequence) parallel ranks
+    pp: int = 1  # pipeline stages
+    cp: int = 1  # context parallel ranks (CUDA only)
+    microbatch_sequences: int = 1  # rows that one data-parallel rank computes at a time
+    recompute: str = "none"  # activations in the backward pass: none | selective (the paper's) | full | auto
+    pipeline_schedule: str = "1f1b"
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks: groups that see different rows."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def gpus(self) -> int:
+        return self.dp * self.tp * self.pp * self.cp
+
+    def accumulation_steps(self, batch_sequences: int) -> int:
+        """Microbatches that each data-parallel rank computes in one optimizer step."""
+        return batch_sequences // (self.dp * self.microbatch_sequences)
+
+    def problems(self, model: ModelConfig, batch_sequences: int, gpus: int, gpus_per_node: int) -> list[str]:
+        """What cannot be, against the model, the batch and the cluster (`gpus` in all, `gpus_per_node` on each)."""
+        degrees = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "microbatch_sequences")
+        found = [f"layout.{d}={getattr(self, d)} must be at least 1" for d in degrees if getattr(self, d) < 1]
+        if self.recompute not in RECOMPUTE:
+            found.append(f"layout.recompute={self.recompute} is none of {', '.join(RECOMPUTE)}")
+        if self.pipeline_schedule not in PIPELINE_SCHEDULES:
+            found.append(f"layout.pipeline_schedule={self.pipeline_schedule} is none of {', '.join(PIPELINE_SCHEDULES)}")
+        if found:
+            return found
+        rest = self.tp * self.pp * self.cp
+        if self.gpus != gpus:
+            parts = " x ".join(
+                f"{label} {n}"
+                for label, n in (("dp", self.dp), ("tp", self.tp), ("pp", self.pp), ("cp", self.cp))
+                if n > 1 or label == "dp"
+            )
+            way_out = (
+                f"set layout.dp_shard={gpus // (rest * self.dp_replicate)}"
+                if gpus % (rest * self.dp_replicate) == 0
+                else f"choose degrees whose product is {gpus}"
+            )
+            found.append(
+                f"layout needs {self.gpus} GPUs ({parts}) but the cluster has {gpus}: {way_out}, "
+                f"or choose another cluster or cluster.nodes"
+            )
+        for degree, field, size in (
+            ("tp", "n_heads", model.n_heads),
+            ("tp", "ffn_dim", model.ffn_dim),
+            ("tp", "vocab_size", model.vocab_size),
+            ("tp", "sequence_length", model.sequence_length),
+            ("cp", "sequence_length", model.sequence_length),
+        ):
+            n = getattr(self, degree)
+            if size % n:
+                found.append(f"model.{field}={size} does not divide by layout.{degree}={n}: choose a divisor of {size}")
+        if self.tp > gpus_per_node:
+            found.append(
+                f"layout.tp={self.tp} is wider than a node of {gpus_per_node} GPUs: tensor parallelism needs the "
+                f"node's own links, set layout.tp<={gpus_per_node}"
+            )
+        if self.pp > model.n_layers:
+            found.append(f"layout.pp={self.pp} stages for model.n_layers={model.n_layers}: set layout.pp<={model.n_layers}")
+        rows = self.dp * self.microbatch_sequences
+        if batch_sequences % rows:
+            found.append(
+                f"optim.batch_sequences={batch_sequences} does not divide into dp {self.dp} x "
+                f"layout.microbatch_sequences={self.microbatch_sequences} = {rows} rows: "
+                f"set optim.batch_sequences={max(1, round(batch_sequences / rows)) * rows}"
+            )
+        return found

@@ -1,0 +1,1 @@
+"""How a run is led: decides; torch-free but for `worker`."""

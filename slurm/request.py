@@ -1,0 +1,53 @@
+"""What a cluster is and what a job asks of it. Pure: no Slurm is called here."""
+
+from dataclasses import dataclass, field
+
+KINDS = ("local", "slurm")
+
+
+@dataclass(kw_only=True)
+class ClusterConfig:
+    """One cluster. `local` is this machine (one node, gloo ranks on CPU or one rank a GPU); `slurm` submits with sbatch."""
+
+    name: str
+    kind: str = "local"  # local | slurm
+    nodes: int = 1
+    gpus_per_node: int = 1  # ranks on each node
+    cpus_per_gpu: int = 8
+    memory_gb_per_node: int | None = None  # null: all of it
+    time_limit_min: int = 60 * 24
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    wckey: str | None = None
+    gres: str | None = "gpu:{gpus_per_node}"  # null where the site uses --gpus-per-node or nothing
+    setup: list[str] = field(default_factory=list)  # lines before srun: modules, containers
+    sbatch: dict[str, str] = field(default_factory=dict)  # further sbatch parameters, name: value
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.kind not in KINDS:
+            found.append(f"cluster.kind={self.kind} is none of {', '.join(KINDS)}")
+        for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "time_limit_min"):
+            if getattr(self, name) < 1:
+                found.append(f"cluster.{name}={getattr(self, name)} must be at least 1")
+        if self.kind == "local" and self.nodes != 1:
+            found.append(f"cluster.nodes={self.nodes} but cluster.kind=local is this one machine: set cluster.nodes=1")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRequest:
+    """One job: `entry` ("module:function", called with `run_dir` on every rank) on nodes x gpus_per_node ranks."""
+
+    name: str
+    entry: str
+    run_dir: str
+    cluster: ClusterConfig
