@@ -1,1 +1,4 @@
-"""What every rank computes: everything that touches tensors. `config`, `layout`, `cost` and `data.config` are pure: no torch."""
+"""What every rank computes: everything that touches tensors.
+
+`config`, `layout`, `cost` and `data.config` are pure: no torch.
+"""

@@ -42,7 +42,9 @@ class Layout:
         if self.recompute not in RECOMPUTE:
             found.append(f"layout.recompute={self.recompute} is none of {', '.join(RECOMPUTE)}")
         if self.pipeline_schedule not in PIPELINE_SCHEDULES:
-            found.append(f"layout.pipeline_schedule={self.pipeline_schedule} is none of {', '.join(PIPELINE_SCHEDULES)}")
+            found.append(
+                f"layout.pipeline_schedule={self.pipeline_schedule} is none of {', '.join(PIPELINE_SCHEDULES)}"
+            )
         if found:
             return found
         rest = self.tp * self.pp * self.cp
@@ -77,7 +79,9 @@ class Layout:
                 f"node's own links, set layout.tp<={gpus_per_node}"
             )
         if self.pp > model.n_layers:
-            found.append(f"layout.pp={self.pp} stages for model.n_layers={model.n_layers}: set layout.pp<={model.n_layers}")
+            found.append(
+                f"layout.pp={self.pp} stages for model.n_layers={model.n_layers}: set layout.pp<={model.n_layers}"
+            )
         rows = self.dp * self.microbatch_sequences
         if batch_sequences % rows:
             found.append(

@@ -1,8 +1,18 @@
-"""The whole configuration of a run: composes every section with Hydra, and checks across them before anything is written."""
+"""The whole configuration of a run: composes every section with Hydra and checks across them, before anything is written."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dashboards.config import DashboardConfig
 from model.checkpoint.policy import CheckpointConfig
@@ -11,12 +21,9 @@ from model.cost import GpuConfig
 from model.data.config import DataConfig
 from model.layout import Layout
 from orchestrator.energy.config import CarbonConfig
+from orchestrator.errors import UserError
 from orchestrator.spikes.config import SpikesConfig
 from slurm.request import ClusterConfig
-
-
-class UserError(Exception):
-    """The user's mistake: shown as text with exit code 2, never as a traceback."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +45,7 @@ class RunSpec:
     spikes: SpikesConfig
     carbon: CarbonConfig
     dashboard: DashboardConfig
-    experiment: Any = None
+    experiment: Any = None  # the name of the experiment that was chosen is in overrides.txt
 
     @property
     def run_dir(self) -> Path:
@@ -50,7 +57,14 @@ class RunSpec:
 
     def problems(self) -> list[str]:
         """Every combination that cannot be, all at once."""
-        found = [p for p in (f"{f}={getattr(self, f)} must be at least 1" for f in ("steps", "eval_every_steps") if getattr(self, f) < 1)]
+        found = [
+            p
+            for p in (
+                f"{f}={getattr(self, f)} must be at least 1"
+                for f in ("steps", "eval_every_steps")
+                if getattr(self, f) < 1
+            )
+        ]
         sections = (self.model, self.data, self.optim, self.cluster, self.checkpoint, self.carbon, self.dashboard)
         for section in sections:
             found += section.problems()
@@ -59,5 +73,70 @@ class RunSpec:
                 self.model, self.optim.batch_sequences, self.cluster.gpus, self.cluster.gpus_per_node
             )
         if self.optim.warmup_steps >= self.steps:
-            found.append(f"optim.warmup_steps={self.optim.warmup_steps} leaves no step of steps={self.steps} to train: lower it")
+            found.append(
+                f"optim.warmup_steps={self.optim.warmup_steps} leaves no step of steps={self.steps} to train: lower it"
+            )
         return found
+
+
+ConfigStore.instance().store("schema", RunSpec)
+OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
+
+
+def compose(overrides: Sequence[str], config_dir: Path | None = None) -> RunSpec:
+    """Hydra overrides (`model=llama_7b optim.lr=1e-4`) to a checked RunSpec.
+
+    `config_dir` is a folder of the user's own groups, searched beside the package's.
+    Raises UserError with everything that is wrong, together.
+    """
+    search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    wrong: list[str] = []
+    try:
+        spec = _compose([*search, *overrides])
+    except (HydraException, OmegaConfBaseException):
+        # Something is wrong: try each override by itself, so that all that is wrong is told together.
+        good: list[str] = []
+        for override in overrides:
+            try:
+                _compose([*search, *good, override])
+                good.append(override)
+            except (HydraException, OmegaConfBaseException) as error:
+                wrong.append(f"{override}: {_readable(error)}")
+        spec = _compose([*search, *good])
+    wrong += spec.problems()
+    if wrong:
+        plural = "is 1 problem" if len(wrong) == 1 else f"are {len(wrong)} problems"
+        raise UserError(f"there {plural} with this configuration:\n" + "\n".join(f"  - {w}" for w in wrong))
+    return spec
+
+
+def load(path: Path) -> RunSpec:
+    """The spec that a run directory holds."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: is this a run directory?")
+    return _typed(OmegaConf.load(path))
+
+
+def to_yaml(spec: RunSpec) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(spec), resolve=True)
+
+
+def _compose(overrides: Sequence[str]) -> RunSpec:
+    GlobalHydra.instance().clear()
+    with initialize_config_module("hydra_conf", version_base="1.3"):
+        config = hydra_compose("config", overrides=list(overrides))
+    return _typed(OmegaConf.to_container(config, resolve=True))
+
+
+def _typed(values: Any) -> RunSpec:
+    """Plain values to the typed spec. Refuses unknown keys, also those that Hydra's `+key=value` lets through."""
+    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSpec), values))
+    assert isinstance(spec, RunSpec)
+    return spec
+
+
+def _readable(error: Exception) -> str:
+    """Hydra's and OmegaConf's first words, without the lines about types that only a programmer wants."""
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    kept = [line for line in lines if not re.match(r"(full_key|object_type|reference_type|set_struct|set )", line)]
+    return " ".join(kept)

@@ -16,7 +16,9 @@ class CheckpointConfig:
         if self.every_steps < 1:
             found.append(f"checkpoint.every_steps={self.every_steps} must be at least 1")
         if self.keep_last < 1:
-            found.append(f"checkpoint.keep_last={self.keep_last} must be at least 1: a run resumes from its newest checkpoint")
+            found.append(
+                f"checkpoint.keep_last={self.keep_last} must be at least 1: a run resumes from its newest checkpoint"
+            )
         if self.keep_every_steps < 0:
             found.append(f"checkpoint.keep_every_steps={self.keep_every_steps} must be 0 (none kept for good) or more")
         return found

@@ -54,7 +54,10 @@ class DataConfig:
         total = sum((Fraction(str(s.proportion)) for s in self.sources.values()), Fraction(0))
         if self.sources and total != 1:
             terms = " + ".join(f"{n} {s.proportion:g}" for n, s in self.sources.items())
-            found.append(f"data.sources proportions sum to {float(total):g}, not 1 ({terms}): change one by {float(1 - total):+g}")
+            found.append(
+                f"data.sources proportions sum to {float(total):g}, not 1 ({terms}): "
+                f"change one by {float(1 - total):+g}"
+            )
         if not 0 <= self.held_out_share < 1:
             found.append(f"data.held_out_share={self.held_out_share} must be at least 0 and below 1")
         return found

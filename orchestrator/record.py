@@ -1,0 +1,125 @@
+"""What a run writes down: step records and events, append-only JSONL, one writer a file, torn tails dropped."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, TextIO, TypeVar
+
+
+def utc_now() -> str:
+    """The time as it stands in every record: ISO 8601, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step, as rank 0 saw it."""
+
+    time_utc: str
+    attempt: int  # the start of the run (first, requeue 1, ...) that trained it
+    step: int  # steps done, this one included: the first step is 1
+    tokens: int  # trained in all, this step included
+    loss: float  # mean over the batch's tokens, nats
+    grad_norm: float  # global, before clipping
+    lr: float
+    step_s: float
+    tokens_per_s: float  # over all ranks
+    mfu: float | None  # share of the hardware's peak bf16 FLOP/s
+    data_batch: int | None = None  # index of the data batch trained on: `step - 1` until a batch is skipped
+    data_s: float | None = None  # of step_s, waiting for data
+    memory_bytes: int | None = None  # peak of rank 0
+    clipped: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened to the run. `kind`: started prepared saved save_failed resumed evaluated sampled spike
+    rewound skipped requeued stopped finished failed ... ; `data` holds its numbers, units in the keys."""
+
+    time_utc: str
+    kind: str
+    step: int
+    detail: str  # one line for a person
+    attempt: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+_R = TypeVar("_R", StepRecord, Event)
+
+
+class JsonlWriter:
+    """Appends records to one file. The one writer of that file; a torn tail left by a killed predecessor is ended
+    with a newline first, so that no line ever joins two."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        if self._file.tell():
+            with path.open("rb") as existing:
+                existing.seek(-1, os.SEEK_END)
+                if existing.read(1) != b"\n":
+                    self._file.write("\n")
+
+    def write(self, record: StepRecord | Event, durable: bool = False) -> None:
+        """Appends one line and hands it to the system; `durable` also waits for the disk."""
+        self._file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+        self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line of a file; lines torn by a kill are dropped."""
+    if not path.exists():
+        return
+    with path.open("r", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def _known(kind: type[_R], value: dict[str, Any]) -> _R:
+    names = {f.name for f in fields(kind)}
+    return kind(**{k: v for k, v in value.items() if k in names})
+
+
+def read_all_steps(folder: Path) -> list[StepRecord]:
+    """Every step ever trained, the undone ones too, in the order in which they were written."""
+    return [_known(StepRecord, v) for path in sorted(folder.glob("*.jsonl")) for v in read_jsonl(path)]
+
+
+def kept_steps(records: list[StepRecord]) -> list[StepRecord]:
+    """The steps that made the model: a record written later undoes every earlier one of its step or above.
+
+    `records` are in the order in which they were written.
+    """
+    kept: list[StepRecord] = []
+    for record in records:
+        while kept and kept[-1].step >= record.step:
+            kept.pop()
+        kept.append(record)
+    return kept
+
+
+def read_events(folder: Path) -> list[Event]:
+    """All events of a run, by time."""
+    events = [_known(Event, v) for path in sorted(folder.glob("*.jsonl")) for v in read_jsonl(path)]
+    return sorted(events, key=lambda e: e.time_utc)

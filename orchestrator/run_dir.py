@@ -1,0 +1,68 @@
+"""Where everything of a run lies on disk. The format is described in docs/run_directory.md; keep both the same."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run directory. Makes nothing by itself."""
+
+    root: Path
+
+    @property
+    def spec(self) -> Path:
+        """The resolved configuration (YAML): what `launch` composed, and all that a rank needs."""
+        return self.root / "spec.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        """The command line's overrides, one a line."""
+        return self.root / "overrides.txt"
+
+    @property
+    def code(self) -> Path:
+        """commit.txt, diff.patch and, under Slurm, the snapshot of the files that run."""
+        return self.root / "code"
+
+    @property
+    def environment(self) -> Path:
+        """Python, packages and machine (JSON)."""
+        return self.root / "environment.json"
+
+    @property
+    def records(self) -> Path:
+        """attempt-0001.jsonl ...: one StepRecord a line."""
+        return self.root / "records"
+
+    @property
+    def events(self) -> Path:
+        """attempt-0001.jsonl ... and launcher.jsonl: one Event a line."""
+        return self.root / "events"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """What submitit and the ranks print."""
+        return self.root / "logs"
+
+    @property
+    def energy(self) -> Path:
+        """One ledger file per attempt and node."""
+        return self.root / "energy"
+
+    @property
+    def samples(self) -> Path:
+        """Generated text."""
+        return self.root / "samples"
+
+    def next_attempt(self) -> int:
+        """1 for the first start; each start takes the next number."""
+        taken = [int(p.stem.removeprefix("attempt-")) for p in self.events.glob("attempt-*.jsonl")]
+        return max(taken, default=0) + 1
+
+    def attempt_file(self, folder: Path, attempt: int) -> Path:
+        return folder / f"attempt-{attempt:04d}.jsonl"
