@@ -1,4 +1,4 @@
-"""The whole configuration of a run: composes every section with Hydra and checks across them, before anything is written."""
+"""The whole configuration of a run: composes every section with Hydra and checks across them before anything is done."""
 
 import re
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ KINDS = ("local", "slurm")
 
 @dataclass(kw_only=True)
 class ClusterConfig:
-    """One cluster. `local` is this machine (one node; gloo ranks on CPU, one rank a GPU); `slurm` submits with sbatch."""
+    """One cluster. `local` is this machine (gloo ranks on CPU, or one a GPU); `slurm` submits with sbatch."""
 
     name: str
     kind: str = "local"  # local | slurm

@@ -1,0 +1,36 @@
+"""Fused attention against the reference, forward and backward, and what it is allowed to store."""
+
+import pytest
+import torch
+
+from model.attention import causal_attention, reference_attention
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 129])
+def test_fused_equals_reference(dtype: torch.dtype, tolerance: float, tokens: int) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, tokens, 3, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+    twins = [x.detach().clone().requires_grad_() for x in inputs]
+    fused, expected = causal_attention(*inputs), reference_attention(*twins)
+    torch.testing.assert_close(fused, expected, atol=tolerance, rtol=tolerance)
+    upstream = torch.randn_like(fused)
+    fused.backward(upstream)
+    expected.backward(upstream)
+    for ours, theirs in zip(inputs, twins, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=4 * tolerance, rtol=4 * tolerance)
+
+
+def test_no_attention_weights_are_stored_for_the_backward_pass() -> None:
+    tokens, heads = 256, 2
+    inputs = [torch.randn(1, tokens, heads, 16, requires_grad=True) for _ in range(3)]
+    saved: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        causal_attention(*inputs)
+    assert saved
+    assert max(saved) < tokens * tokens

@@ -1,0 +1,43 @@
+"""The chunked loss against torch's cross entropy."""
+
+import pytest
+import torch
+
+from model import loss as loss_module
+from model.loss import chunked_cross_entropy
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64])
+def test_loss_and_gradients_equal_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+    vocabulary, width, rows = 53, 16, 20
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_rows * vocabulary)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (rows,))
+    targets[3] = -100
+    twins = [hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()]
+    loss = chunked_cross_entropy(hidden, weight, targets)
+    (loss * 0.5).backward()
+    expected = torch.nn.functional.cross_entropy(twins[0] @ twins[1].T, targets, reduction="sum")
+    (expected * 0.5).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(hidden.grad, twins[0].grad)
+    torch.testing.assert_close(weight.grad, twins[1].grad)
+
+
+def test_never_holds_all_logits() -> None:
+    rows, vocabulary, width = 4096, 8192, 8  # all logits: 128 MiB
+    hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        chunked_cross_entropy(hidden, weight, torch.zeros(rows, dtype=torch.long)).backward()
+    assert 0 < largest <= loss_module.CHUNK_LOGITS < rows * vocabulary

@@ -1,0 +1,43 @@
+"""Schedule, decay groups and clipping."""
+
+import pytest
+import torch
+
+from model.config import ModelConfig, OptimConfig
+from model.optim import clip_gradients, global_grad_norm, learning_rate, make_optimizer
+from model.transformer import Transformer
+
+OPTIM = OptimConfig(name="test", lr=1.5e-4)
+
+
+def test_schedule_warms_up_then_falls_along_a_cosine_to_a_tenth() -> None:
+    steps = 10_000
+    assert learning_rate(1, steps, OPTIM) == pytest.approx(1.5e-4 / 2000)
+    assert learning_rate(2000, steps, OPTIM) == pytest.approx(1.5e-4)
+    assert learning_rate(6000, steps, OPTIM) == pytest.approx((1.5e-4 + 1.5e-5) / 2)
+    assert learning_rate(steps, steps, OPTIM) == pytest.approx(1.5e-5)
+    after = [learning_rate(s, steps, OPTIM) for s in range(2000, steps + 1)]
+    assert after == sorted(after, reverse=True)
+
+
+def test_only_matrices_decay() -> None:
+    model = Transformer(
+        ModelConfig(name="t", dim=16, n_layers=1, n_heads=2, ffn_dim=32, vocab_size=32, sequence_length=8)
+    )
+    decayed, kept = make_optimizer(model, OPTIM).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert kept["weight_decay"] == 0.0
+    assert all(p.ndim == 2 for p in decayed["params"])
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all("norm" in names[id(p)] for p in kept["params"])
+    assert len(kept["params"]) == 3
+
+
+def test_clipping_is_by_the_global_norm() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))]
+    parameters[0].grad, parameters[1].grad = torch.full((3,), 2.0), torch.full((4,), -1.0)
+    norm = global_grad_norm(parameters)
+    assert norm.item() == pytest.approx(4.0)
+    clip_gradients(parameters, 1.0, norm)
+    assert global_grad_norm(parameters).item() == pytest.approx(1.0, rel=1e-5)
+    assert parameters[0].grad[0].item() == pytest.approx(0.5, rel=1e-5)
