@@ -35,6 +35,14 @@ class Layout:
         """Microbatches that each data-parallel rank computes in one optimizer step."""
         return batch_sequences // (self.dp * self.microbatch_sequences)
 
+    def not_built(self) -> list[str]:
+        """The degrees that the trainer can't run yet. The plan and the rehearsal know them all the same."""
+        return [
+            f"layout.{degree}={n}: the trainer computes data-parallel layouts only so far: set layout.{degree}=1"
+            for degree, n in (("tp", self.tp), ("pp", self.pp), ("cp", self.cp))
+            if n > 1
+        ]
+
     def problems(self, model: ModelConfig, batch_sequences: int, gpus: int, gpus_per_node: int) -> list[str]:
         """What cannot be, against the model, the batch and the cluster (`gpus` in all, `gpus_per_node` on each)."""
         degrees = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "microbatch_sequences")

@@ -82,6 +82,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    rope: Tensor
+
     """Tokens [B, T] to the last hidden states [B, T, D], normed; `output` makes them logits (model/loss.py does, in chunks)."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:

@@ -31,6 +31,11 @@ class RunDir:
         return self.root / "environment.json"
 
     @property
+    def data(self) -> Path:
+        """One line: the directory of the prepared tokens that the run trains on."""
+        return self.root / "data.txt"
+
+    @property
     def records(self) -> Path:
         """attempt-0001.jsonl ...: one StepRecord a line."""
         return self.root / "records"

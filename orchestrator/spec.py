@@ -34,6 +34,8 @@ class RunSpec:
     seed: int
     steps: int
     eval_every_steps: int
+    eval_rows_per_source: int
+    precision: str  # auto (bf16 where the hardware has it) | bf16 | fp32
     run_root: str  # run directories are made below it
     model: ModelConfig
     data: DataConfig
@@ -65,6 +67,8 @@ class RunSpec:
                 if getattr(self, f) < 1
             )
         ]
+        if self.precision not in ("auto", "bf16", "fp32"):
+            found.append(f"precision={self.precision} is none of auto, bf16, fp32")
         sections = (self.model, self.data, self.optim, self.cluster, self.checkpoint, self.carbon, self.dashboard)
         for section in sections:
             found += section.problems()

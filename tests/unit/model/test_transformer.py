@@ -55,7 +55,9 @@ def test_loss_and_every_gradient_equal_hugging_face_llama() -> None:
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     gradients = to_hugging_face({n: p.grad for n, p in ours.named_parameters()})
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_no_token_sees_its_future() -> None:

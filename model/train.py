@@ -1,0 +1,206 @@
+"""The training loop, and what it needs. Every rank runs it; rank 0 writes the records."""
+
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.checkpoint.policy import CheckpointConfig
+from model.checkpoint.store import CheckpointStore
+from model.config import ModelConfig, OptimConfig
+from model.cost import GpuConfig, flops_per_token
+from model.data.loader import Loader
+from model.evaluate import held_out_losses
+from model.layout import Layout
+from model.optim import clip_gradients, global_grad_norm, learning_rate, make_optimizer, set_learning_rate
+from model.parallel import Ranks, average_gradients_only_on_last, build_model
+from model.transformer import Transformer
+
+
+class Recorder(Protocol):
+    """Where rank 0's records go; on other ranks it drops them."""
+
+    def step(self, **fields: Any) -> None: ...
+
+    def event(self, kind: str, step: int, detail: str, **data: Any) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What the loop takes from the run's configuration."""
+
+    seed: int
+    steps: int
+    eval_every_steps: int
+    eval_rows_per_source: int
+    compute_dtype: torch.dtype
+    model: ModelConfig
+    layout: Layout
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    gpu: GpuConfig
+
+
+class Trainer:
+    """One rank's share of a run: model, optimizer, and the step they stand at."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        loader: Loader,
+        store: CheckpointStore,
+        recorder: Recorder,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self.config, self.ranks, self.loader, self.store = config, ranks, loader, store
+        self.recorder, self.stop_requested = recorder, stop_requested
+        self.model: Transformer = build_model(config.model, config.layout, ranks, config.compute_dtype, config.seed)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.step = 0  # optimizer steps done
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.config.optim.batch_sequences * self.config.model.sequence_length
+
+    def run(self) -> bool:
+        """Trains from the newest checkpoint to the last step. True when finished, False when asked to stop before."""
+        self.resume()
+        stopping = False
+        while self.step < self.config.steps and not stopping:
+            started = time.perf_counter()
+            rows_BT = self.next_batch()
+            data_s = time.perf_counter() - started
+            loss, grad_norm, stopping = self.forward_backward(rows_BT)
+            self.update(loss, grad_norm)
+            self.record(loss, grad_norm, time.perf_counter() - started, data_s)
+            if self.step % self.config.eval_every_steps == 0 or self.step == self.config.steps:
+                self.evaluate()
+            if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.steps or stopping:
+                self.save(wait=stopping or self.step == self.config.steps)
+        self.store.finish()
+        return self.step >= self.config.steps
+
+    def next_batch(self) -> Tensor:
+        """This rank's rows of the step to come: [rows, sequence_length + 1] token ids."""
+        return torch.from_numpy(self.loader.batch(self.step, self.ranks.dp_rank, self.ranks.dp)).long()
+
+    def forward_backward(self, rows_BT: Tensor) -> tuple[float, Tensor, bool]:
+        """Accumulates the gradient of the global batch's mean loss.
+
+        Returns that loss (nats per token), the global gradient norm, and whether any rank was asked to stop: all the same
+        on every rank.
+        """
+        self.optimizer.zero_grad()
+        size = self.config.layout.microbatch_sequences
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for start in range(0, len(rows_BT), size):
+            average_gradients_only_on_last(self.model, start + size >= len(rows_BT))
+            rows = rows_BT[start : start + size].to(self.ranks.device, non_blocking=True)
+            loss = self.model(rows[:, :-1], rows[:, 1:])
+            # FSDP2 averages gradients over the data-parallel ranks: times dp makes it the sum over the global batch.
+            (loss * (self.ranks.dp / self.batch_tokens)).backward()
+            loss_sum += loss.detach()
+        grad_norm = global_grad_norm(self.model.parameters())
+        agreed = torch.stack([loss_sum, torch.tensor(float(self.stop_requested()), device=loss_sum.device)])
+        if self.ranks.dp > 1:
+            dist.all_reduce(agreed)
+        total, stops = agreed.tolist()
+        return total / self.batch_tokens, grad_norm, stops > 0
+
+    def update(self, loss: float, grad_norm: Tensor) -> None:
+        """One optimizer step; a batch whose loss or gradient is not finite never reaches the weights."""
+        step = self.step + 1
+        if math.isfinite(loss) and math.isfinite(grad_norm.item()):
+            clip_gradients(self.model.parameters(), self.config.optim.grad_clip, grad_norm)
+            set_learning_rate(self.optimizer, learning_rate(step, self.config.steps, self.config.optim))
+            self.optimizer.step()
+        else:
+            self.recorder.event(
+                "withheld", step, f"step {step}: loss {loss}, gradient norm {grad_norm.item()}: the update is left out"
+            )
+        self.step = step
+
+    def record(self, loss: float, grad_norm: Tensor, step_s: float, data_s: float) -> None:
+        ranks = self.config.layout.gpus
+        tokens_per_s = self.batch_tokens / step_s
+        peak_flops = ranks * self.config.gpu.peak_bf16_tflops * 1e12
+        self.recorder.step(
+            step=self.step,
+            tokens=self.step * self.batch_tokens,
+            loss=loss,
+            grad_norm=grad_norm.item(),
+            lr=learning_rate(self.step, self.config.steps, self.config.optim),
+            step_s=step_s,
+            data_s=data_s,
+            tokens_per_s=tokens_per_s,
+            mfu=tokens_per_s * flops_per_token(self.config.model) / peak_flops,
+            data_batch=self.loader.data_batch(self.step - 1),
+            memory_bytes=peak_memory_bytes(self.ranks.device),
+            clipped=grad_norm.item() > self.config.optim.grad_clip,
+        )
+
+    def evaluate(self) -> None:
+        """The loss on held-out rows, as an event."""
+        started = time.perf_counter()
+        losses = held_out_losses(
+            self.model,
+            self.loader,
+            self.ranks,
+            self.config.eval_rows_per_source,
+            self.config.layout.microbatch_sequences,
+        )
+        if not losses:
+            self.recorder.event("evaluated", self.step, "no source has held-out rows: nothing to evaluate")
+            return
+        shares = {s: self.loader.proportions[s] for s in losses}
+        mean = sum(losses[s] * shares[s] for s in losses) / sum(shares.values())
+        self.recorder.event(
+            "evaluated",
+            self.step,
+            f"held-out loss {mean:.3f} nats per token",
+            loss=mean,
+            loss_by_source=losses,
+            seconds=time.perf_counter() - started,
+        )
+
+    def save(self, wait: bool) -> None:
+        self.store.save(self.step, training_state(self.model, self.optimizer), {"step": self.step}, wait=wait)
+
+    def resume(self) -> None:
+        """Stands where the newest valid checkpoint does; at step 0 where there is none."""
+        loaded = self.store.load_latest(training_state(self.model, self.optimizer))
+        if loaded is not None:
+            self.step = loaded.step
+            self.recorder.event("resumed", self.step, f"resumed from the checkpoint of step {self.step}")
+
+
+def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters and AdamW's moments by name: the live tensors (DTensors where sharded), to save or to load in place.
+
+    What is computed from the step (learning rate, data) or stands in the configuration is not state.
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state[parameter]
+        if not moments:  # as AdamW itself would at its first step
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments["exp_avg"] = torch.zeros_like(parameter)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter)
+        state[f"model.{name}"] = parameter.detach()
+        for key, value in moments.items():
+            state[f"optim.{name}.{key}"] = value
+    return state
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this rank has held: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,154 @@
+"""What every rank runs: reads the run directory, takes its place, trains, writes records. The only room here that knows torch.
+
+First start, fortieth requeue and a move to other nodes take this one path: read the directory, go on.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.checkpoint.store import CheckpointStore
+from model.data.loader import Loader
+from model.data.prepare import PreparedData
+from model.generate import generate
+from model.parallel import Ranks, place_ranks
+from model.train import TrainConfig, Trainer
+from orchestrator import spec as specs
+from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
+from orchestrator.run_dir import RunDir
+from slurm.rendezvous import Place, place
+from slurm.signals import StopFlag
+
+
+class RunRecorder:
+    """Rank 0's records and events of one attempt; drops them on the other ranks."""
+
+    def __init__(self, run_dir: RunDir, attempt: int, is_main: bool) -> None:
+        self.attempt = attempt
+        self.steps = JsonlWriter(run_dir.attempt_file(run_dir.records, attempt)) if is_main else None
+        self.events = JsonlWriter(run_dir.attempt_file(run_dir.events, attempt)) if is_main else None
+
+    def step(self, **fields: Any) -> None:
+        if self.steps:
+            self.steps.write(StepRecord(time_utc=utc_now(), attempt=self.attempt, **fields))
+
+    def event(self, kind: str, step: int, detail: str, **data: Any) -> None:
+        if self.events:
+            event = Event(time_utc=utc_now(), kind=kind, step=step, detail=detail, attempt=self.attempt, data=data)
+            self.events.write(event, durable=True)
+            print(f"{event.time_utc} {kind}: {detail}", flush=True)
+
+
+def main(run_dir: str) -> str:
+    """Trains until the run is finished or asked to stop: returns "finished" or "stopped"."""
+    stop = StopFlag()
+    directory = RunDir(Path(run_dir))
+    spec = specs.load(directory.spec)
+    here = place()
+    device, dtype = _hardware(spec, here)
+    if here.world_size > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{here.master_addr}:{here.master_port}",
+            rank=here.rank,
+            world_size=here.world_size,
+            timeout=timedelta(minutes=10),
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        ranks = place_ranks(spec.layout, device)
+        recorder = RunRecorder(directory, _agreed_attempt(directory, ranks), ranks.is_main)
+        return _train(spec, directory, ranks, dtype, recorder, stop)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _train(
+    spec: specs.RunSpec, directory: RunDir, ranks: Ranks, dtype: torch.dtype, recorder: RunRecorder, stop: StopFlag
+) -> str:
+    prepared = PreparedData.load(directory.data.read_text().strip())
+    loader = Loader(
+        prepared,
+        spec.data,
+        sequence_length=spec.model.sequence_length,
+        batch_sequences=spec.optim.batch_sequences,
+        seed=spec.seed,
+        skips=[],
+    )
+    store = CheckpointStore(spec.checkpoint.url or str(directory.checkpoints), spec.checkpoint, on_event=recorder.event)
+    config = TrainConfig(
+        seed=spec.seed,
+        steps=spec.steps,
+        eval_every_steps=spec.eval_every_steps,
+        eval_rows_per_source=spec.eval_rows_per_source,
+        compute_dtype=dtype,
+        model=spec.model,
+        layout=spec.layout,
+        optim=spec.optim,
+        checkpoint=spec.checkpoint,
+        gpu=spec.gpu,
+    )
+    kind = str(dtype).removeprefix("torch.")
+    recorder.event(
+        "started",
+        0,
+        f"attempt {recorder.attempt} on {ranks.dp} rank(s), {ranks.device.type}, {kind}",
+        ranks=ranks.dp,
+        device=ranks.device.type,
+        precision=kind,
+        threads=torch.get_num_threads(),
+        host=os.uname().nodename,
+    )
+    trainer = Trainer(config, ranks, loader, store, recorder, lambda: stop.requested is not None)
+    finished = trainer.run()
+    if not finished:
+        why = f" ({stop.requested})" if stop.requested else ""
+        recorder.event("stopped", trainer.step, f"asked to stop{why}: saved at step {trainer.step} of {spec.steps}")
+        return "stopped"
+    sample = _sample(trainer, prepared, loader)
+    if sample and ranks.is_main:
+        directory.samples.mkdir(exist_ok=True)
+        (directory.samples / f"step-{trainer.step:09d}.txt").write_text(sample, encoding="utf-8")
+    recorder.event("finished", trainer.step, f"finished: {trainer.step} steps", sample=sample)
+    return "finished"
+
+
+def _sample(trainer: Trainer, prepared: PreparedData, loader: Loader) -> str:
+    """A held-out beginning and how the model goes on; every rank takes part."""
+    for source in sorted(loader.sources, key=lambda s: -loader.proportions[s]):
+        rows = loader.held_out_rows(source, 1)
+        if len(rows):
+            prompt = [int(t) for t in rows[0][:32]]
+            tokens = generate(trainer.model, prompt, 96, trainer.ranks.device)
+            tokenizer = prepared.tokenizer()
+            return f"{tokenizer.decode(prompt)}⟶{tokenizer.decode(tokens[len(prompt) :])}"
+    return ""
+
+
+def _hardware(spec: specs.RunSpec, here: Place) -> tuple[torch.device, torch.dtype]:
+    """The device of this rank and the type it computes in."""
+    if spec.gpu.device == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"gpu={spec.gpu.name} needs CUDA, and torch finds none on this node: choose gpu=cpu")
+        device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        has_bf16 = torch.cuda.is_bf16_supported()
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+        has_bf16 = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    wanted = {"auto": has_bf16, "bf16": True, "fp32": False}[spec.precision]
+    return device, torch.bfloat16 if wanted else torch.float32
+
+
+def _agreed_attempt(directory: RunDir, ranks: Ranks) -> int:
+    """Rank 0 counts the attempts on disk, the others hear of it."""
+    attempt = torch.tensor(directory.next_attempt() if ranks.is_main else 0, device=ranks.device)
+    if dist.is_initialized():
+        dist.broadcast(attempt, src=0)
+    return int(attempt.item())
