@@ -46,6 +46,16 @@ def _parser() -> argparse.ArgumentParser:
 
     config = _command(commands, "config", _config, "print the resolved configuration of a run, checked")
     _takes_overrides(config)
+
+    launch = _command(
+        commands,
+        "launch",
+        _launch,
+        "train: make the run directory, prepare the data, submit, follow",
+        "Trains the run that the overrides describe. Run again, the same command goes on from the newest checkpoint, or says "
+        "that the run is finished.\nCtrl-C saves and stops.",
+    )
+    _takes_overrides(launch)
     return parser
 
 
@@ -73,6 +83,12 @@ def _takes_overrides(command: argparse.ArgumentParser) -> None:
 
 def _takes_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON for programs, with units in the keys")
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from orchestrator import launch, spec
+
+    return launch.launch(spec.compose(args.overrides, args.config_dir), args.overrides)
 
 
 def _config(args: argparse.Namespace) -> int:

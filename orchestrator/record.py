@@ -1,5 +1,6 @@
 """What a run writes down: step records and events, append-only JSONL, one writer a file, torn tails dropped."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -117,6 +118,18 @@ def kept_steps(records: list[StepRecord]) -> list[StepRecord]:
             kept.pop()
         kept.append(record)
     return kept
+
+
+def read_last(path: Path) -> StepRecord | None:
+    """The last whole step record of one file, without reading the rest of it."""
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 8192))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines[:-1]):  # what follows the last newline is torn, or nothing
+        with contextlib.suppress(ValueError, TypeError):
+            return _known(StepRecord, json.loads(line))
+    return None
 
 
 def read_events(folder: Path) -> list[Event]:

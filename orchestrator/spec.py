@@ -121,6 +121,13 @@ def load(path: Path) -> RunSpec:
     return _typed(OmegaConf.load(path))
 
 
+def as_dict(spec: RunSpec) -> dict[str, Any]:
+    """The spec as plain values."""
+    values = OmegaConf.to_container(OmegaConf.structured(spec), resolve=True)
+    assert isinstance(values, dict)
+    return {str(k): v for k, v in values.items()}
+
+
 def to_yaml(spec: RunSpec) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(spec), resolve=True)
 

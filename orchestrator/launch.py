@@ -1,0 +1,293 @@
+"""`arriero launch`: a configuration becomes a run directory and a job; run again, the same command goes on."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model.data.prepare import PreparedData, prepare
+from orchestrator import spec as specs
+from orchestrator.errors import Failure, UserError
+from orchestrator.record import Event, StepRecord, kept_steps, read_all_steps, read_events, utc_now
+from orchestrator.run_dir import RunDir
+from orchestrator.spec import RunSpec
+from slurm.request import JobRequest
+from slurm.submit import Job, submit
+
+WORKER = "orchestrator.worker:main"
+_STRIPE = 0.25  # seconds between two looks at a run that is followed
+
+# What may change between two starts of one run: where and how it runs, not what it computes.
+_MAY_CHANGE = (
+    "cluster",
+    "gpu",
+    "layout",
+    "checkpoint",
+    "dashboard",
+    "carbon",
+    "spikes",
+    "eval_every_steps",
+    "run_root",
+)
+
+
+def launch(spec: RunSpec, overrides: Sequence[str]) -> int:
+    """Makes or finds the run directory, prepares the data, submits, and follows the run to its end."""
+    console = Console(highlight=False)
+    if missing := spec.layout.not_built():
+        raise UserError("\n".join(missing))
+    if spec.cluster.kind != "local":
+        raise UserError(f"cluster.kind={spec.cluster.kind}: only cluster=local can be launched so far")
+    run_dir = RunDir(spec.run_dir.resolve())
+    if is_finished(run_dir) and not _changed(run_dir, spec):
+        console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
+        _print_summary(console, spec, run_dir)
+        return 0
+    write_run_dir(spec, run_dir, overrides)
+    prepared = _prepare(console, spec)
+    run_dir.data.write_text(f"{prepared.root.resolve()}\n")
+    _print_mix(console, spec, prepared)
+    before = len(read_events(run_dir.events))
+    job = submit(JobRequest(name=spec.name, entry=WORKER, run_dir=str(run_dir.root), cluster=spec.cluster))
+    console.print(f"job {job.id} on {spec.cluster.name}, {spec.cluster.gpus} rank(s); logs in {_short(run_dir.logs)}")
+    _follow(console, spec, run_dir, job, before)
+    if failure := job.failure():
+        raise Failure(f"the run failed; its logs are in {_short(run_dir.logs)}\n{failure}")
+    if not is_finished(run_dir):
+        kept = kept_steps(read_all_steps(run_dir.records))
+        step = kept[-1].step if kept else 0
+        console.print(f"\nStopped and saved at step {step:,} of {spec.steps:,}. To go on, run the same command again.")
+        return 0
+    _print_summary(console, spec, run_dir)
+    return 0
+
+
+def is_finished(run_dir: RunDir) -> bool:
+    return any(e.kind == "finished" for e in read_events(run_dir.events))
+
+
+def write_run_dir(spec: RunSpec, run_dir: RunDir, overrides: Sequence[str]) -> None:
+    """The run directory of a first start, or the check that this start continues the run that is there."""
+    if changed := _changed(run_dir, spec):
+        raise UserError(
+            f"{run_dir.root} holds a run of the same name with another configuration:\n"
+            + "\n".join(f"  - {line}" for line in changed)
+            + "\nTo start another run, choose another name (name=...); to go on with this one, leave these as they were."
+        )
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    _write(run_dir.spec, specs.to_yaml(spec))
+    _write(run_dir.overrides, "".join(f"{o}\n" for o in overrides))
+    _write(run_dir.environment, json.dumps(_environment(), indent=1) + "\n")
+    run_dir.code.mkdir(exist_ok=True)
+    commit, diff = _code_version()
+    _write(run_dir.code / "commit.txt", commit + "\n")
+    _write(run_dir.code / "diff.patch", diff)
+
+
+def _changed(run_dir: RunDir, spec: RunSpec) -> list[str]:
+    """What differs from the run that is there, among what may not; nothing where there is none."""
+    if not run_dir.spec.exists():
+        return []
+    before, now = _flat(specs.as_dict(specs.load(run_dir.spec))), _flat(specs.as_dict(spec))
+    return [
+        f"{key} was {before.get(key)}, now {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key.split(".")[0] not in _MAY_CHANGE
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _code_version() -> tuple[str, str]:
+    """The commit of the code that runs and what differs from it; the package's version where it is no checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return done.stdout if done.returncode == 0 else None
+
+    if (root / ".git").exists() and (commit := git("rev-parse", "HEAD")):
+        return commit.strip(), git("diff", "HEAD") or ""
+    return f"arriero {metadata.version('arriero')} (no git checkout)", ""
+
+
+def _environment() -> dict[str, Any]:
+    packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {
+        "time_utc": utc_now(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def _prepare(console: Console, spec: RunSpec) -> PreparedData:
+    started = time.monotonic()
+    said: list[str] = []
+
+    def progress(what: str, documents: int, tokens: int) -> None:
+        if what not in said:
+            said.append(what)
+            console.print(f"  {what} ...")
+
+    try:
+        prepared = prepare(spec.data, progress)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if said:
+        console.print(f"data prepared in {time.monotonic() - started:.0f} s: {_short(prepared.root)}")
+    return prepared
+
+
+def _print_mix(console: Console, spec: RunSpec, prepared: PreparedData) -> None:
+    from model.data.loader import Loader
+
+    try:
+        loader = Loader(
+            prepared,
+            spec.data,
+            sequence_length=spec.model.sequence_length,
+            batch_sequences=spec.optim.batch_sequences,
+            seed=spec.seed,
+            skips=[],
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    console.print(f"{spec.steps:,} steps of {spec.batch_tokens:,} tokens, from")
+    for name, epochs in loader.epochs(spec.steps).items():
+        tokens, share = prepared.sources[name].train_tokens, spec.data.sources[name].proportion
+        console.print(f"  {name:28} {share:6.1%} of the rows, {tokens:>11,} tokens, {epochs:.2f} epochs")
+
+
+def _follow(console: Console, spec: RunSpec, run_dir: RunDir, job: Job, events_before: int) -> None:
+    """Shows the run until its job ends. The first Ctrl-C asks the ranks to save and end."""
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+        console.print("\nsaving, then stopping (press Ctrl-C again to leave it to itself)")
+        job.stop()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    view = _View(console, spec, run_dir, events_before)
+    try:
+        with view.progress:
+            while job.running():
+                view.update()
+                time.sleep(_STRIPE)
+            view.update()
+    except KeyboardInterrupt:
+        console.print(f"left to itself: job {job.id} goes on saving; run the same command again later")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _View:
+    """The progress bar and the lines above it. Where the output is no terminal, a line now and then instead of a bar."""
+
+    def __init__(self, console: Console, spec: RunSpec, run_dir: RunDir, events_shown: int) -> None:
+        self.console, self.spec, self.run_dir = console, spec, run_dir
+        self.events_shown = events_shown
+        self.progress = Progress(
+            TextColumn("step {task.completed:,}/{task.total:,}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("training", total=spec.steps, loss="-", speed="starting")
+        self.line_every = max(1, spec.steps // 20)
+        self.line_due = 0
+
+    def update(self) -> None:
+        events = read_events(self.run_dir.events)
+        for event in events[self.events_shown :]:
+            if event.kind in ("evaluated", "resumed", "withheld", "save_failed", "passed_over", "stopped"):
+                self.console.print(f"  step {event.step:>6,}  {event.detail}")
+        self.events_shown = len(events)
+        newest = last_record(self.run_dir)
+        if newest is None:
+            return
+        self.progress.update(
+            self.task, completed=newest.step, loss=f"{newest.loss:.3f}", speed=f"{newest.tokens_per_s:,.0f} tokens/s"
+        )
+        if not self.console.is_terminal and newest.step >= self.line_due:
+            left_s = (self.spec.steps - newest.step) * newest.step_s
+            self.console.print(
+                f"  step {newest.step:>6,}/{self.spec.steps:,}  loss {newest.loss:.3f}  "
+                f"{newest.tokens_per_s:,.0f} tokens/s  {left_s:.0f} s left"
+            )
+            self.line_due = newest.step + self.line_every
+
+
+def last_record(run_dir: RunDir) -> StepRecord | None:
+    """The newest step on disk, from the end of the newest file: the same speed at a million steps."""
+    from orchestrator.record import read_last
+
+    for path in sorted(run_dir.records.glob("attempt-*.jsonl"), reverse=True):
+        if record := read_last(path):
+            return record
+    return None
+
+
+def _print_summary(console: Console, spec: RunSpec, run_dir: RunDir) -> None:
+    """The last lines: what was reached, and where everything is."""
+    steps = kept_steps(read_all_steps(run_dir.records))
+    events = read_events(run_dir.events)
+    evaluated = [e for e in events if e.kind == "evaluated" and "loss" in e.data]
+    first, last = steps[0], steps[-1]
+    prepared = PreparedData.load(run_dir.data.read_text().strip())
+    unigram = prepared.unigram_nats({n: s.proportion for n, s in spec.data.sources.items()})
+    console.print()
+    console.print(
+        f"loss               {first.loss:.3f} at step {first.step}, {last.loss:.3f} at step {last.step:,} (nats per token)"
+    )
+    if evaluated:
+        console.print(f"held-out loss      {evaluated[-1].data['loss']:.3f}")
+    console.print(f"unigram level      {unigram:.3f}, what guessing by word frequency alone would give")
+    console.print(f"tokens             {last.tokens:,} in {sum(s.step_s for s in steps):.0f} s of steps")
+    sample = _newest(events, "finished")
+    if sample and sample.data.get("sample"):
+        console.print("\na held-out beginning, and how the model goes on after ⟶")
+        console.print("  " + str(sample.data["sample"]).replace("\n", "\n  "), markup=False)
+    console.print(f"\nrun directory      {_short(run_dir.root)}   (what is what: docs/run_directory.md)")
+    console.print(f"  checkpoints      {_short(run_dir.checkpoints)}")
+    console.print(f"  records, events  {_short(run_dir.records)}, {_short(run_dir.events)}")
+    console.print(f"  logs             {_short(run_dir.logs)}")
+
+
+def _newest(events: Sequence[Event], kind: str) -> Event | None:
+    return next((e for e in reversed(events) if e.kind == kind), None)
+
+
+def _short(path: Path) -> str:
+    """As the user would type it from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,25 @@
+"""Signals set a flag; ranks agree at the step boundary. Nobody saves alone."""
+
+import signal
+from types import FrameType
+
+# USR2: Slurm's warning before the time limit (--signal) and submitit's; TERM: preemption, scancel, shutdown; INT: Ctrl-C.
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class StopFlag:
+    """Takes the place of whatever handlers stood there (submitit's too) and remembers the first signal that came.
+
+    Make it on the main thread, first thing. A Python handler waits until a blocking collective returns: the flag is seen
+    at the next step boundary at the latest.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it before TERM: it must not stop anything
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = signal.Signals(number).name
