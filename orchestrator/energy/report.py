@@ -1,0 +1,262 @@
+"""From run directories to carbon statements: reads ledgers and records, counts every device once over all the runs, and
+fills the statement that `dashboards.carbon` shows.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dashboards.carbon import CarbonStatement, Range
+from orchestrator.energy.attribution import CLASSES, Span, attempt_windows, attribute, timeline
+from orchestrator.energy.carbon import J_PER_KWH, UNCERTAINTY_METHOD, energy_range, intensity, read_series
+from orchestrator.energy.config import CarbonConfig
+from orchestrator.energy.ledger import SOURCES, Interval, Tick, consumption, kind_of, read_ledger
+from orchestrator.record import read_all_steps, read_events
+from orchestrator.run_dir import RunDir
+from slurm.energy import consumed_energy_j
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountedRun:
+    """What the account must know of a run beside its ledger."""
+
+    name: str
+    root: Path
+    carbon: CarbonConfig
+    gpu: str
+    gpu_watts: float
+    gpus: int
+    nodes: int
+
+
+@dataclass
+class _Sums:
+    """One run's account, as it adds up node by node."""
+
+    windows: dict[int, tuple[float, float]]  # attempt -> when it lived, Unix seconds
+    spans: list[Span]
+    by_source_j: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0.0))
+    by_class_j: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0.0))
+    by_kind_j: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    apportioned_j: float = 0.0
+    grams_j_per_kwh: float = 0.0  # joules x g/kWh, with a series
+    outside_series_s: float = 0.0
+    nodes: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))  # attempt -> seen
+    node_s: float = 0.0
+    jobs: set[str] = field(default_factory=set)
+    dropped: int = 0
+    unmeasured_s: float = 0.0
+
+    @property
+    def joules(self) -> float:
+        return sum(self.by_source_j.values())
+
+
+def account(runs: Sequence[AccountedRun], ask_slurm: bool = True) -> list[CarbonStatement]:
+    """One statement a run and, for several, their total last. A run that is named twice counts once."""
+    of = {str(run.root.resolve()): run for run in runs}
+    sums = {key: _read_records(run) for key, run in of.items()}
+    windows = {(key, attempt): window for key, s in sums.items() for attempt, window in s.windows.items()}
+    for files in _groups_by_machine(of):
+        ticks: list[Tick] = []
+        for key, path in files:
+            read, dropped = read_ledger(path, run=key)
+            ticks += read
+            sums[key].dropped += dropped
+            sums[key].jobs |= {tick.job for tick in read if tick.job}
+        consumed = consumption(ticks, windows)
+        for (key, attempt, node), seconds in consumed.node_s.items():
+            sums[key].nodes[attempt].add(node)
+            sums[key].node_s += seconds
+        by_run: dict[str, list[Interval]] = defaultdict(list)
+        for interval in consumed.intervals:
+            by_run[interval.run].append(interval)
+        for key, intervals in by_run.items():
+            _add(sums[key], of[key].carbon, intervals)
+        for key in {key for key, _ in files}:
+            sums[key].unmeasured_s += consumed.unmeasured_device_s
+    for key, run in of.items():
+        _add_unseen_nodes(sums[key], run)
+    statements = [_statement(run, sums[key], ask_slurm) for key, run in of.items()]
+    return statements if len(statements) == 1 else [*statements, _total(statements)]
+
+
+def _read_records(run: AccountedRun) -> _Sums:
+    paths = RunDir(run.root)
+    records, events = read_all_steps(paths.records), read_events(paths.events)
+    return _Sums(attempt_windows(records, events), timeline(records, events))
+
+
+def _groups_by_machine(of: dict[str, AccountedRun]) -> Iterator[list[tuple[str, Path]]]:
+    """Ledger files that may speak of the same devices, together: those of one node, or of one boot of a machine.
+
+    One group is in memory at a time, since a run of 256 nodes leaves more lines than fit.
+    """
+    files = sorted((key, path) for key, run in of.items() for path in RunDir(run.root).energy.glob("*.jsonl"))
+    group_of: dict[str, list[tuple[str, Path]]] = {}  # by node or boot
+    for key, path in files:
+        names = {f"node {path.stem.partition('-')[2]}", *_boots(path)}
+        joined = [(key, path)]
+        for group in {id(g): g for n in names if (g := group_of.get(n)) is not None}.values():
+            joined += group
+            names |= {n for n, g in group_of.items() if g is group}
+        group_of |= dict.fromkeys(names, joined)
+    yield from {id(group): sorted(group) for group in group_of.values()}.values()
+
+
+def _boots(path: Path) -> set[str]:
+    """The boot that the first whole line of a file names; an attempt outlives no boot of its node."""
+    from orchestrator.energy.ledger import decode
+
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if (tick := decode(line)) is not None:
+                return {f"boot {tick.boot}"} if tick.boot else set()
+    return set()
+
+
+def _add(s: _Sums, carbon: CarbonConfig, intervals: list[Interval]) -> None:
+    for interval in intervals:
+        s.by_source_j[interval.source] += interval.joules
+        s.by_kind_j[kind_of(interval.device)] += interval.joules
+        if interval.share < 1:
+            s.apportioned_j += interval.joules
+    for kind, joules in attribute(intervals, s.spans).items():
+        s.by_class_j[kind] += joules
+    if carbon.intensity_g_per_kwh is None and carbon.series is not None:
+        series = read_series(carbon.series)
+        outside = [i for i in intervals if not series.covers(i.start_s, i.end_s)]
+        s.outside_series_s += sum(i.end_s - i.start_s for i in outside)
+        means = series.mean_g_per_kwh([i.start_s for i in intervals], [i.end_s for i in intervals])
+        s.grams_j_per_kwh += float((np.array([i.joules for i in intervals]) * means).sum())
+
+
+def _add_unseen_nodes(s: _Sums, run: AccountedRun) -> None:
+    """Nodes that left no line (lost before the first, or without a sampler) count as the mean of those that did."""
+    if not s.node_s:
+        return
+    node_power_w = s.joules / s.node_s
+    mean_g_per_kwh = s.grams_j_per_kwh / s.joules if s.joules else 0.0
+    for attempt, (start_s, end_s) in s.windows.items():
+        unseen = run.nodes - len(s.nodes.get(attempt, ()))
+        if unseen <= 0 or end_s <= start_s:
+            continue
+        joules = unseen * (end_s - start_s) * node_power_w
+        s.by_source_j["estimated"] += joules
+        s.by_kind_j["unseen nodes"] += joules
+        s.grams_j_per_kwh += joules * mean_g_per_kwh
+        interval = Interval(run.name, "unseen", start_s, end_s, joules, "estimated", 1.0)
+        for kind, part_j in attribute([interval], s.spans).items():
+            s.by_class_j[kind] += part_j
+
+
+def _statement(run: AccountedRun, s: _Sums, ask_slurm: bool) -> CarbonStatement:
+    carbon = run.carbon
+    energy_kwh = energy_range(s.by_source_j) if s.node_s else None
+    grid, said, location = _grid(carbon, s)
+    held_s = sum(end_s - start_s for start_s, end_s in s.windows.values()) or s.node_s / run.nodes
+    gpu_hours = run.gpus * held_s / 3600
+    co2e_kg = None
+    if grid is not None and energy_kwh is not None:
+        site = energy_kwh * carbon.pue
+        co2e_kg = Range(site.low * grid.low / 1000, site.central * grid.central / 1000, site.high * grid.high / 1000)
+    slurm_j, slurm = consumed_energy_j(sorted(s.jobs)) if ask_slurm else (None, "not asked")
+    notes = []
+    if s.dropped:
+        notes.append(f"{s.dropped} torn or altered line(s) of the ledger were dropped")
+    if s.unmeasured_s:
+        notes.append(f"{s.unmeasured_s:.0f} device-seconds have no measurement to estimate from, and count as 0")
+    formula_kwh = gpu_hours * run.gpu_watts * carbon.pue / 1000
+    embodied_kg = carbon.embodied_kg_per_gpu
+    return CarbonStatement(
+        name=run.name,
+        energy_kwh=energy_kwh,
+        by_source_kwh={k: v / J_PER_KWH for k, v in s.by_source_j.items()},
+        by_class_kwh={k: v / J_PER_KWH for k, v in s.by_class_j.items()},
+        by_kind_kwh={k: v / J_PER_KWH for k, v in sorted(s.by_kind_j.items())},
+        apportioned_kwh=s.apportioned_j / J_PER_KWH,
+        pue=carbon.pue,
+        co2e_kg=co2e_kg,
+        intensity=said,
+        market_co2e_kg=None
+        if carbon.market_g_per_kwh is None or energy_kwh is None
+        else energy_kwh.central * carbon.pue * carbon.market_g_per_kwh / 1000,
+        embodied_co2e_kg=None if embodied_kg is None else gpu_hours / carbon.gpu_lifetime_h * embodied_kg,
+        gpu=run.gpu,
+        gpu_watts=run.gpu_watts,
+        gpu_hours=gpu_hours,
+        formula_co2e_kg=None if grid is None else formula_kwh * grid.central / 1000,
+        slurm_kwh=None if slurm_j is None else slurm_j / J_PER_KWH,
+        slurm=slurm,
+        method=UNCERTAINTY_METHOD,
+        location=location,
+        notes=notes,
+    )
+
+
+def _grid(carbon: CarbonConfig, s: _Sums) -> tuple[Range | None, str, str | None]:
+    """The intensity over this run's consumption (g/kWh), what to say of it, and the place."""
+    if carbon.without_intensity:
+        return None, "set carbon.zone (such as FRA), carbon.cloud, carbon.series or carbon.intensity_g_per_kwh", None
+    if (found := intensity(carbon)) is not None:
+        g = found.g_per_kwh
+        place = None if carbon.intensity_g_per_kwh is not None else carbon.cloud or carbon.zone
+        return g, f"{g.central:.4g} g/kWh, {found.source} ({found.year})", place
+    if s.outside_series_s:
+        return None, f"carbon.series={carbon.series} does not cover {s.outside_series_s:.0f} device-seconds of it", None
+    g_per_kwh = s.grams_j_per_kwh / s.joules if s.joules else 0.0
+    said = f"{g_per_kwh:.4g} g/kWh, the mean of carbon.series={carbon.series} by this run's energy"
+    return Range(g_per_kwh, g_per_kwh, g_per_kwh), said, carbon.zone
+
+
+def _total(statements: Sequence[CarbonStatement]) -> CarbonStatement:
+    """All runs together. A figure that one of them lacks is left out, since a sum would hide it."""
+
+    def ranges(values: list[Range | None]) -> Range | None:
+        known = [v for v in values if v is not None]
+        return sum(known[1:], start=known[0]) if known and len(known) == len(values) else None
+
+    def numbers(values: list[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return sum(known) if len(known) == len(values) else None
+
+    def parts(each: list[dict[str, float]]) -> dict[str, float]:
+        return {key: sum(d.get(key, 0.0) for d in each) for key in dict.fromkeys(k for d in each for k in d)}
+
+    measured = [s for s in statements if s.energy_kwh is not None]
+    kwh = sum(s.energy_kwh.central for s in measured if s.energy_kwh)
+    site_kwh = sum(s.energy_kwh.central * s.pue for s in measured if s.energy_kwh)
+    gpu_hours = sum(s.gpu_hours for s in statements)
+    watt_hours = sum(s.gpu_hours * s.gpu_watts for s in statements)
+    site_watt_hours = sum(s.gpu_hours * s.gpu_watts * s.pue for s in statements)
+    pue = site_kwh / kwh if kwh else site_watt_hours / watt_hours if watt_hours else statements[0].pue
+    said = sorted({s.intensity for s in statements})
+    notes = sorted({f"{s.name}: {note}" for s in statements for note in s.notes})
+    unmeasured = [s.name for s in statements if s.energy_kwh is None]
+    if unmeasured:
+        notes.append(f"measured energy leaves out {', '.join(unmeasured)}: nothing was measured there")
+    return CarbonStatement(
+        name=f"total of {len(statements)} runs",
+        energy_kwh=ranges([s.energy_kwh for s in measured]),
+        by_source_kwh=parts([s.by_source_kwh for s in statements]),
+        by_class_kwh=parts([s.by_class_kwh for s in statements]),
+        by_kind_kwh=parts([s.by_kind_kwh for s in statements]),
+        apportioned_kwh=sum(s.apportioned_kwh for s in statements),
+        pue=pue,
+        co2e_kg=ranges([s.co2e_kg for s in measured]),
+        intensity=said[0] if len(said) == 1 else "each run's own: " + "; ".join(said),
+        market_co2e_kg=numbers([s.market_co2e_kg for s in statements]),
+        embodied_co2e_kg=numbers([s.embodied_co2e_kg for s in statements]),
+        gpu=" + ".join(sorted({s.gpu for s in statements})),
+        gpu_watts=watt_hours / gpu_hours if gpu_hours else statements[0].gpu_watts,
+        gpu_hours=gpu_hours,
+        formula_co2e_kg=numbers([s.formula_co2e_kg for s in statements]),
+        slurm_kwh=numbers([s.slurm_kwh for s in statements]),
+        slurm=statements[0].slurm if len({s.slurm for s in statements}) == 1 else "not every run has it",
+        method=statements[0].method,
+        location=statements[0].location if len({s.location for s in statements}) == 1 else None,
+        notes=notes,
+    )
