@@ -158,7 +158,7 @@ def to_csv(statements: Sequence[CarbonStatement]) -> str:
 
 
 def to_markdown(statements: Sequence[CarbonStatement]) -> str:
-    parts: list[str] = ["# Energy and carbon", "", *_table(_HEADER, llama_rows(statements))]
+    parts: list[str] = ["# Energy and carbon", "", *_table(*llama_form(statements))]
     for s in statements:
         parts += ["", f"## {s.name}", ""]
         parts += _table(("figure", "value", "low", "high", "how it was got"), [_cells(f) for f in figures(s)])
@@ -168,7 +168,7 @@ def to_markdown(statements: Sequence[CarbonStatement]) -> str:
 
 def to_html(statements: Sequence[CarbonStatement]) -> str:
     """One page that opens with no network."""
-    body = ["<h1>Energy and carbon</h1>", _html_table(_HEADER, llama_rows(statements))]
+    body = ["<h1>Energy and carbon</h1>", _html_table(*llama_form(statements))]
     for s in statements:
         rows = [_cells(f) for f in figures(s)]
         body.append(f"<h2>{html.escape(s.name)}</h2>")
@@ -218,21 +218,24 @@ def to_model_card(s: CarbonStatement) -> str:
 
 # --------------------------------------------------------------------------------------------------- LLaMA's own table
 
-_HEADER = ("run", "GPU power", "GPU-hours", "MWh", "tCO2e", "how it was got")
 
+def llama_form(statements: Sequence[CarbonStatement]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The measured account beside the formula's, in the columns of the paper's table 15: header and rows.
 
-def llama_rows(statements: Sequence[CarbonStatement]) -> list[tuple[str, ...]]:
-    """The measured account beside the formula's, in the columns of the paper's table 15."""
+    In MWh and tonnes, or in kWh and kg where every run is below a MWh.
+    """
+    large = any(max(s.formula_kwh, s.site_energy_kwh.high if s.site_energy_kwh else 0.0) >= 1000 for s in statements)
+    scale, units = (1e-3, ("MWh", "tCO2e")) if large else (1.0, ("kWh", "kgCO2e"))
     rows: list[tuple[str, ...]] = []
     for s in statements:
         power, hours = f"{s.gpu_watts:g} W", _number(s.gpu_hours)
         if s.site_energy_kwh is not None:
-            t = _span(s.co2e_kg * 1e-3) if s.co2e_kg else "-"
+            carbon = _span(s.co2e_kg * scale) if s.co2e_kg else "-"
             how = f"measured x PUE {s.pue:g}: {_mixture(s.by_source_kwh)}"
-            rows.append((s.name, power, hours, _span(s.site_energy_kwh * 1e-3), t, how))
-        t = _number(s.formula_co2e_kg / 1000) if s.formula_co2e_kg is not None else "-"
-        rows.append((s.name, power, hours, _number(s.formula_kwh / 1000), t, "formula: GPU-h x W x PUE"))
-    return rows
+            rows.append((s.name, power, hours, _span(s.site_energy_kwh * scale), carbon, how))
+        carbon = _number(s.formula_co2e_kg * scale) if s.formula_co2e_kg is not None else "-"
+        rows.append((s.name, power, hours, _number(s.formula_kwh * scale), carbon, "formula: GPU-h x W x PUE"))
+    return ("run", "GPU power", "GPU-hours", *units, "how it was got"), rows
 
 
 LLAMA_TABLE_15 = (

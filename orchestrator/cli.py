@@ -9,7 +9,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.energy.report import AccountedRun
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -56,6 +59,38 @@ def _parser() -> argparse.ArgumentParser:
         "that the run is finished.\nCtrl-C saves and stops.",
     )
     _takes_overrides(launch)
+
+    report = commands.add_parser("report", help="account for what runs have done", description="Accounts of runs.")
+    reports = report.add_subparsers(title="reports", metavar="REPORT", required=True)
+    carbon = _command(
+        reports,
+        "carbon",
+        _report_carbon,
+        "energy and carbon of runs, measured beside LLaMA's formula",
+        "Energy and carbon of one run, a sweep or a whole project: each physical device counts once.\n\n"
+        "Without an intensity it tells energy alone; give one with carbon.zone=FRA, carbon.cloud=gcp/europe-west1,\n"
+        "carbon.series=FILE.csv (time_utc,g_per_kwh) or carbon.intensity_g_per_kwh=56.",
+    )
+    carbon.add_argument(
+        "runs", nargs="*", metavar="RUN|carbon.KEY=VALUE", help="run directories, or folders of them; overrides"
+    )
+    carbon.add_argument(
+        "--format",
+        choices=("md", "csv", "html", "prometheus", "model-card"),
+        default="md",
+        help="html opens with no network; prometheus is for node_exporter's textfile collector",
+    )
+    carbon.add_argument("--no-slurm", action="store_true", help="leave out the cross-check with sacct")
+    carbon.add_argument("--llama-table", action="store_true", help="print the LLaMA paper's table 15, recomputed")
+    _takes_json(carbon)
+
+    # Started by the ranks, one a node; not for people, so not in --help.
+    sampler = commands.add_parser("energy-sample")
+    sampler.add_argument("run_dir", type=Path)
+    sampler.add_argument("--attempt", type=int, required=True)
+    sampler.add_argument("--watch", type=int, default=None, metavar="PID")
+    sampler.add_argument("--sample-s", type=float, default=15.0)
+    sampler.set_defaults(handler=_energy_sample)
     return parser
 
 
@@ -96,3 +131,86 @@ def _config(args: argparse.Namespace) -> int:
 
     print(spec.to_yaml(spec.compose(args.overrides, args.config_dir)), end="")
     return 0
+
+
+def _report_carbon(args: argparse.Namespace) -> int:
+    from dashboards import carbon as shown
+    from orchestrator.energy.report import account
+    from orchestrator.errors import UserError
+
+    if args.llama_table:
+        print(shown.llama_table(), end="")
+        return 0
+    overrides = [a for a in args.runs if a.startswith("carbon.") and "=" in a]
+    paths = [Path(a) for a in args.runs if a not in overrides]
+    if not paths:
+        raise UserError("which runs? arriero report carbon RUN..., such as runs/tiny, or runs for all of them")
+    statements = account([_accounted(root, overrides) for root in _run_dirs(paths)], ask_slurm=not args.no_slurm)
+    if args.json:
+        print_json(shown.to_json(statements))
+    elif args.format == "model-card":
+        print(shown.to_model_card(statements[-1]), end="")
+    else:
+        render = {
+            "md": shown.to_markdown,
+            "csv": shown.to_csv,
+            "html": shown.to_html,
+            "prometheus": shown.to_prometheus,
+        }[args.format]
+        print(render(statements), end="")
+    return 0
+
+
+def _accounted(root: Path, carbon_overrides: Sequence[str] = ()) -> "AccountedRun":
+    """What the energy account needs of a run directory, with `carbon.KEY=VALUE` in place of the run's own."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from orchestrator import spec as specs
+    from orchestrator.energy.config import CarbonConfig
+    from orchestrator.energy.report import AccountedRun
+    from orchestrator.errors import UserError
+    from orchestrator.run_dir import RunDir
+
+    spec = specs.load(RunDir(root).spec)
+    carbon = OmegaConf.structured(spec.carbon)
+    given = OmegaConf.from_dotlist([o.removeprefix("carbon.") for o in carbon_overrides])
+    intensities = ("intensity_g_per_kwh", "series", "cloud", "zone", "region")
+    if any(key in given for key in intensities):  # one that is given now replaces the run's own
+        carbon.update(dict.fromkeys(intensities))
+    try:
+        section = OmegaConf.to_object(OmegaConf.merge(carbon, given))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{' '.join(carbon_overrides)}: {str(error).splitlines()[0]}") from None
+    assert isinstance(section, CarbonConfig)
+    if problems := section.problems():
+        raise UserError("\n".join(problems))
+    return AccountedRun(
+        name=root.name,
+        root=root,
+        carbon=section,
+        gpu=spec.gpu.name,
+        gpu_watts=spec.gpu.watts,
+        gpus=spec.cluster.gpus,
+        nodes=spec.cluster.nodes,
+    )
+
+
+def _run_dirs(paths: Sequence[Path]) -> list[Path]:
+    """Run directories as they are; of other folders the run directories below them."""
+    from orchestrator.errors import UserError
+    from orchestrator.run_dir import RunDir
+
+    found: list[Path] = []
+    for path in paths:
+        inside = [path] if RunDir(path).spec.exists() else sorted(p.parent for p in path.rglob("spec.yaml"))
+        if not inside:
+            raise UserError(f"{path} is no run directory and holds none: none has a spec.yaml")
+        found += inside
+    return found
+
+
+def _energy_sample(args: argparse.Namespace) -> int:
+    from orchestrator.energy.sampler import sample
+
+    return sample(args.run_dir, args.attempt, args.watch, args.sample_s)

@@ -147,9 +147,9 @@ def _zone_g_per_kwh(zone: str, region: str | None) -> tuple[float, str, str]:
     tables = DataSource()
     countries = tables.get_global_energy_mix_data()
     if zone not in countries:
-        near = ", ".join(sorted(z for z in countries if z[0] == zone[0]))
+        near = ", ".join(sorted(z for z in countries if z[0] == zone[0])) or "none"
         raise UserError(
-            f"carbon.zone={zone} is not in codecarbon's table of {len(countries)} countries; near it: {near}"
+            f"carbon.zone={zone} is not in codecarbon's table of {len(countries)} countries; with its first letter: {near}"
         )
     year = str(countries[zone]["year"])
     if region is not None:
