@@ -17,7 +17,7 @@ def chunked_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tenso
     Softmax is computed in fp32 from logits in the type of `hidden_MD`. The gradients are made in the forward pass, chunk by
     chunk, while the logits are at hand (as in Liger-Kernel, arXiv 2410.10989, section 3.2), so nothing is computed twice.
     """
-    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, targets_M)  # type: ignore[no-any-return]
+    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, targets_M)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from model.config import ModelConfig
 from model.layout import Layout
@@ -58,5 +58,5 @@ def build_model(
 
 def average_gradients_only_on_last(model: nn.Module, last: bool) -> None:
     """With gradient accumulation, ranks exchange gradients once a step, after the last microbatch."""
-    if hasattr(model, "set_requires_gradient_sync"):
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)

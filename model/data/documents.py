@@ -9,7 +9,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 import pyarrow
@@ -84,7 +84,7 @@ def _kind(name: str, source: SourceConfig, path: str) -> str:
 
 def _unpacked(raw: IO[bytes], path: str) -> IO[bytes]:
     if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if path.endswith(".zst"):
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     return raw
