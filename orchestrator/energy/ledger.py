@@ -234,11 +234,13 @@ def consumption(
             if power_w is None:
                 unmeasured_s += end_s - start_s
                 continue
-            here = [c for c in claims if start_s <= c.start_s and c.end_s <= end_s]
-            for piece in _believed(inside, {t for c in here for t in (c.start_s, c.end_s)}, power_w):
-                for run, share in _shares(piece, here).items():
-                    joules = piece.joules * share
-                    intervals.append(Interval(run, device, piece.start_s, piece.end_s, joules, piece.source, share))
+            edges = {t for c in claims for t in (c.start_s, c.end_s) if start_s <= t <= end_s}
+            for since_s, until_s in pairwise(sorted(edges)):  # between two edges the holders are the same
+                held_by = _shares(since_s, until_s, claims)
+                for piece in _believed(inside, since_s, until_s, power_w):
+                    for run, share in held_by.items():
+                        joules = piece.joules * share
+                        intervals.append(Interval(run, device, piece.start_s, piece.end_s, joules, piece.source, share))
     node_s = {holder: end_s - start_s for holder, (start_s, end_s) in sorted(held_s.items())}
     return Consumption(intervals, node_s, unmeasured_s)
 
@@ -280,32 +282,52 @@ def _unwrapped(pieces: list[_Piece], wraps_at_j: Mapping[_Piece, float]) -> list
     return found
 
 
-def _believed(pieces: Sequence[_Piece], edges: set[float], power_w: float) -> Iterable[_Piece]:
-    """One piece for every stretch between the edges: of those that cover it the best, or an estimate where none does.
+def _believed(pieces: Sequence[_Piece], since_s: float, until_s: float, power_w: float) -> Iterable[_Piece]:
+    """One piece for every stretch of a time: of those that cover it the best, or an estimate where none does.
 
-    `pieces` are in the order of their starts and lie within the edges.
+    `pieces` are in the order of their starts.
     """
-    times = sorted(edges.union(*((p.start_s, p.end_s) for p in pieces)))
+    if pieces and (pieces[0].start_s < since_s or max(p.end_s for p in pieces) > until_s):
+        pieces = [_cut(p, since_s, until_s) for p in pieces if p.end_s > since_s and p.start_s < until_s]
+    if any(a.end_s > b.start_s for a, b in pairwise(pieces)):
+        pieces = _best_of(pieces)
+    now_s = since_s
+    for piece in pieces:
+        if piece.start_s > now_s:
+            yield _Piece(now_s, piece.start_s, power_w * (piece.start_s - now_s), "estimated")
+        yield piece
+        now_s = piece.end_s
+    if until_s > now_s:
+        yield _Piece(now_s, until_s, power_w * (until_s - now_s), "estimated")
+
+
+def _best_of(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Pieces that overlap, as pieces that do not: the best of those that cover each stretch."""
+    found: list[_Piece] = []
     active: list[_Piece] = []
     coming = 0
-    for start_s, end_s in pairwise(times):
+    for start_s, end_s in pairwise(sorted({t for p in pieces for t in (p.start_s, p.end_s)})):
         active = [p for p in active if p.end_s > start_s]
         while coming < len(pieces) and pieces[coming].start_s <= start_s:
             active.append(pieces[coming])
             coming += 1
         if active:
-            best = min(active, key=lambda p: p.rank)
-            joules = best.joules * ((end_s - start_s) / (best.end_s - best.start_s))
-            yield _Piece(start_s, end_s, joules, best.source)
-        else:
-            yield _Piece(start_s, end_s, power_w * (end_s - start_s), "estimated")
+            found.append(_cut(min(active, key=lambda p: p.rank), start_s, end_s))
+    return found
 
 
-def _shares(piece: _Piece, claims: Sequence[_Claim]) -> dict[str, float]:
-    """Each run's share of a device over a piece; together at most 1."""
+def _cut(piece: _Piece, since_s: float, until_s: float) -> _Piece:
+    """The part of a piece within a time, at even power."""
+    start_s, end_s = max(piece.start_s, since_s), min(piece.end_s, until_s)
+    part = (end_s - start_s) / (piece.end_s - piece.start_s)
+    return _Piece(start_s, end_s, piece.joules * part, piece.source)
+
+
+def _shares(since_s: float, until_s: float, claims: Sequence[_Claim]) -> dict[str, float]:
+    """Each run's share of a device over a time; together at most 1."""
     shares: dict[str, float] = defaultdict(float)
     for claim in claims:
-        if claim.start_s <= piece.start_s and piece.end_s <= claim.end_s:
+        if claim.start_s <= since_s and until_s <= claim.end_s:
             shares[claim.run] += claim.share
     total = max(1.0, sum(shares.values()))
     return {run: share / total for run, share in shares.items()}

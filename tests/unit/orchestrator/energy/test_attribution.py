@@ -1,6 +1,7 @@
 """Kept and lost: every joule has one place, and all of them together are the whole."""
 
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -118,7 +119,7 @@ def test_a_run_killed_ten_times_keeps_the_energy_of_one_never_killed():
 def test_whatever_happened_no_joule_is_made_or_lost(steps, events, used):
     records = [step(n, T0 + end, attempt, took) for n, attempt, end, took in steps]
     spans = timeline(records, [event(kind, T0 + at, n, attempt) for kind, at, n, attempt in events])
-    assert all(a.end_s <= b.start_s for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end_s <= b.start_s for a, b in pairwise(spans))
     intervals = [Interval("r", "d", T0 + a, T0 + a + s, j, "counter", 1.0) for a, s, j in used]
     of = attribute(intervals, spans)
     assert set(of) == set(CLASSES)

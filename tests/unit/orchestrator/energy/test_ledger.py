@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def power_w(time_s: float) -> float:
 
 def true_j(start_s: float, end_s: float) -> float:
     whole = [start_s, *(m for m in range(int(start_s // 60) * 60 + 60, int(end_s) + 1, 60) if m < end_s), end_s]
-    return sum(power_w(a) * (b - a) for a, b in zip(whole, whole[1:], strict=False))
+    return sum(power_w(a) * (b - a) for a, b in pairwise(whole))
 
 
 def counter(time_s: float) -> float:
