@@ -9,10 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from orchestrator.energy.report import AccountedRun
+from typing import Any
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -135,6 +132,7 @@ def _config(args: argparse.Namespace) -> int:
 
 def _report_carbon(args: argparse.Namespace) -> int:
     from dashboards import carbon as shown
+    from orchestrator.carbon_report import accounted, run_dirs
     from orchestrator.energy.report import account
     from orchestrator.errors import UserError
 
@@ -145,7 +143,7 @@ def _report_carbon(args: argparse.Namespace) -> int:
     paths = [Path(a) for a in args.runs if a not in overrides]
     if not paths:
         raise UserError("which runs? arriero report carbon RUN..., such as runs/tiny, or runs for all of them")
-    statements = account([_accounted(root, overrides) for root in _run_dirs(paths)], ask_slurm=not args.no_slurm)
+    statements = account([accounted(root, overrides) for root in run_dirs(paths)], ask_slurm=not args.no_slurm)
     if args.json:
         print_json(shown.to_json(statements))
     elif args.format == "model-card":
@@ -159,55 +157,6 @@ def _report_carbon(args: argparse.Namespace) -> int:
         }[args.format]
         print(render(statements), end="")
     return 0
-
-
-def _accounted(root: Path, carbon_overrides: Sequence[str] = ()) -> "AccountedRun":
-    """What the energy account needs of a run directory, with `carbon.KEY=VALUE` in place of the run's own."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from orchestrator import spec as specs
-    from orchestrator.energy.config import CarbonConfig
-    from orchestrator.energy.report import AccountedRun
-    from orchestrator.errors import UserError
-    from orchestrator.run_dir import RunDir
-
-    spec = specs.load(RunDir(root).spec)
-    carbon = OmegaConf.structured(spec.carbon)
-    given = OmegaConf.from_dotlist([o.removeprefix("carbon.") for o in carbon_overrides])
-    intensities = ("intensity_g_per_kwh", "series", "cloud", "zone", "region")
-    if any(key in given for key in intensities):  # one that is given now replaces the run's own
-        carbon.update(dict.fromkeys(intensities))
-    try:
-        section = OmegaConf.to_object(OmegaConf.merge(carbon, given))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{' '.join(carbon_overrides)}: {str(error).splitlines()[0]}") from None
-    assert isinstance(section, CarbonConfig)
-    if problems := section.problems():
-        raise UserError("\n".join(problems))
-    return AccountedRun(
-        name=root.name,
-        root=root,
-        carbon=section,
-        gpu=spec.gpu.name,
-        gpu_watts=spec.gpu.watts,
-        gpus=spec.cluster.gpus,
-        nodes=spec.cluster.nodes,
-    )
-
-
-def _run_dirs(paths: Sequence[Path]) -> list[Path]:
-    """Run directories as they are; of other folders the run directories below them."""
-    from orchestrator.errors import UserError
-    from orchestrator.run_dir import RunDir
-
-    found: list[Path] = []
-    for path in paths:
-        inside = [path] if RunDir(path).spec.exists() else sorted(p.parent for p in path.rglob("spec.yaml"))
-        if not inside:
-            raise UserError(f"{path} is no run directory and holds none: none has a spec.yaml")
-        found += inside
-    return found
 
 
 def _energy_sample(args: argparse.Namespace) -> int:

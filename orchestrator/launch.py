@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.data.prepare import PreparedData, prepare
 from orchestrator import spec as specs
+from orchestrator.carbon_report import carbon_sentence
 from orchestrator.errors import Failure, UserError
 from orchestrator.record import Event, StepRecord, kept_steps, read_all_steps, read_events, utc_now
 from orchestrator.run_dir import RunDir
@@ -274,6 +275,8 @@ def _print_summary(console: Console, spec: RunSpec, run_dir: RunDir) -> None:
         console.print(f"held-out loss      {evaluated[-1].data['loss']:.3f}")
     console.print(f"unigram level      {unigram:.3f}, what guessing by word frequency alone would give")
     console.print(f"tokens             {last.tokens:,} in {sum(s.step_s for s in steps):.0f} s of steps")
+    if spec.carbon.measure:
+        console.print(carbon_sentence(run_dir.root), soft_wrap=True)
     sample = _newest(events, "finished")
     if sample and sample.data.get("sample"):
         console.print("\na held-out beginning, and how the model goes on after ⟶")

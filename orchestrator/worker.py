@@ -4,6 +4,7 @@ First start, fortieth requeue and a move to other nodes take this one path: read
 """
 
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from model.generate import generate
 from model.parallel import Ranks, place_ranks
 from model.train import TrainConfig, Trainer
 from orchestrator import spec as specs
+from orchestrator.energy.sampler import sampling
 from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
 from orchestrator.run_dir import RunDir
 from slurm.rendezvous import Place, place
@@ -62,7 +64,9 @@ def main(run_dir: str) -> str:
     try:
         ranks = place_ranks(spec.layout, device)
         recorder = RunRecorder(directory, _agreed_attempt(directory, ranks), ranks.is_main)
-        return _train(spec, directory, ranks, dtype, recorder, stop)
+        measured = spec.carbon.measure and here.local_rank == 0
+        with sampling(directory.root, recorder.attempt, spec.carbon.sample_s) if measured else nullcontext():
+            return _train(spec, directory, ranks, dtype, recorder, stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -22,8 +22,10 @@ CLASSES = ("kept", "lost", "startup", "checkpoint", "evaluation", "idle")
 _CLASS_OF_EVENT = {
     "saved": "checkpoint",
     "save_failed": "checkpoint",
+    "save_refused": "checkpoint",
     "evaluated": "evaluation",
     "sampled": "evaluation",
+    "finished": "evaluation",  # a run writes its sample between its last save and its end
 }
 _RESTARTS = ("started", "prepared", "resumed", "rewound")
 
@@ -64,14 +66,17 @@ def timeline(records: Sequence[StepRecord], events: Sequence[Event]) -> list[Spa
     for attempt, (start_s, end_s) in attempt_windows(records, events).items():
         steps = sorted((r for r in records if r.attempt == attempt), key=lambda r: r.time_utc)
         marks = sorted(((unix_s(e.time_utc), e) for e in events if e.attempt == attempt), key=itemgetter(0))
-        now_s = start_s
+        saved = {e.step for _, e in marks if _CLASS_OF_EVENT.get(e.kind) == "checkpoint"}
+        now_s, done, otherwise = start_s, 0, "startup"
         for record in steps:
             step_end_s = unix_s(record.time_utc)
             step_start_s = max(now_s, step_end_s - record.step_s)
-            spans += _between(now_s, step_start_s, marks, "startup" if record is steps[0] else "idle")
+            spans += _between(now_s, step_start_s, marks, done, otherwise)
             spans.append(Span(step_start_s, step_end_s, "kept" if id(record) in kept else "lost"))
-            now_s = max(now_s, step_end_s)
-        spans += _between(now_s, end_s, marks, "idle" if steps else "startup")
+            # A save goes on beside the next steps, and its event comes late: what training waited for it is this gap.
+            now_s, done = max(now_s, step_end_s), record.step
+            otherwise = "checkpoint" if record.step in saved else "idle"
+        spans += _between(now_s, end_s, marks, done, otherwise)
     return _disjoint(spans)
 
 
@@ -113,19 +118,25 @@ def _kept(records: Sequence[StepRecord], events: Sequence[Event]) -> set[int]:
     return {id(record) for record in kept}
 
 
-def _between(start_s: float, end_s: float, marks: Sequence[tuple[float, Event]], otherwise: str) -> list[Span]:
-    """The time between two steps, by the events that ended its parts."""
+def _between(
+    start_s: float, end_s: float, marks: Sequence[tuple[float, Event]], step: int, otherwise: str
+) -> list[Span]:
+    """The time after step `step`, by the events that ended its parts; what is left is `otherwise`."""
     first, last = bisect_left(marks, start_s, key=itemgetter(0)), bisect_right(marks, end_s, key=itemgetter(0))
     inside = marks[first:last]
     if any(event.kind in _RESTARTS for _, event in inside):
         otherwise = "startup"
     spans = []
     for time_s, event in inside:
-        if kind := _CLASS_OF_EVENT.get(event.kind):
-            took_s = float(event.data.get("seconds", time_s - start_s))
-            begun_s = min(time_s, max(start_s, time_s - took_s))
-            spans += [Span(start_s, begun_s, otherwise), Span(begun_s, time_s, kind)]
-            start_s = time_s
+        kind = _CLASS_OF_EVENT.get(event.kind)
+        if kind is None or (kind == "checkpoint" and event.step != step):
+            continue
+        if kind == "checkpoint" and otherwise == "checkpoint":
+            otherwise = "idle"  # this event is the save that the gap was put down to
+        took_s = float(event.data.get("seconds", time_s - start_s))
+        begun_s = min(time_s, max(start_s, time_s - took_s))
+        spans += [Span(start_s, begun_s, otherwise), Span(begun_s, time_s, kind)]
+        start_s = time_s
     return [*spans, Span(start_s, end_s, otherwise)]
 
 

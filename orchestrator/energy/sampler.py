@@ -8,6 +8,7 @@
   no energy; else codecarbon's sums, which start at 0 in each sampler.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,29 @@ def start_sampler(run_dir: Path, attempt: int, watch_pid: int, sample_s: float) 
     command = [sys.executable, "-P", "-c", main, "energy-sample", str(run_dir), *numbers]
     with log.open("ab") as output:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+
+
+def stop_sampler(process: subprocess.Popen[bytes], within_s: float = 10.0) -> None:
+    """Asks a sampler for its last reading and waits for it; one that does not answer is left to end by itself."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(within_s)
+
+
+@contextlib.contextmanager
+def sampling(run_dir: Path, attempt: int, sample_s: float) -> Iterator[None]:
+    """This node is sampled while the block runs. A sampler that cannot start never stops a run: it is told, and the
+    account estimates this node."""
+    process = None
+    try:
+        process = start_sampler(run_dir, attempt, os.getpid(), sample_s)
+    except OSError as error:
+        print(f"the energy of {node_name()} is not measured: {error}", flush=True)
+    try:
+        yield
+    finally:
+        if process is not None:
+            stop_sampler(process)
 
 
 def sample(run_dir: Path, attempt: int, watch_pid: int | None, sample_s: float) -> int:

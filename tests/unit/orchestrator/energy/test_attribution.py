@@ -42,12 +42,23 @@ def test_each_part_of_a_run_has_its_class():
         event("started", T0),
         event("evaluated", T0 + 55, 2, seconds=5.0),
         event("saved", T0 + 61, 2),
-        event("finished", T0 + 81, 4),
+        event("saved", T0 + 82, 4),
+        event("finished", T0 + 84, 4),
     ]
     records = [step(1, T0 + 40), step(2, T0 + 50), step(3, T0 + 71), step(4, T0 + 81)]
     assert joules(records, events, 90) == pytest.approx(
-        {"startup": 3000, "kept": 4000, "evaluation": 500, "checkpoint": 600, "idle": 900}
+        {"startup": 3000, "kept": 4000, "evaluation": 700, "checkpoint": 700, "idle": 600}
     )
+
+
+def test_a_save_that_goes_on_beside_the_next_steps_is_what_training_waited():
+    """Its event comes during step 3, or in a later gap that is an evaluation's."""
+    records = [step(1, T0 + 10), step(2, T0 + 22), step(3, T0 + 37)]
+    assert joules(records, [event("saved", T0 + 15, 1)], 37) == pytest.approx(
+        {"kept": 3000, "checkpoint": 200, "idle": 500}
+    )
+    late = [event("saved", T0 + 24, 1), event("evaluated", T0 + 27, 2, seconds=5.0)]
+    assert joules(records, late, 37) == pytest.approx({"kept": 3000, "checkpoint": 200, "evaluation": 500})
 
 
 def test_steps_that_a_crash_undid_are_lost():
