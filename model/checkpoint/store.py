@@ -13,6 +13,7 @@ manifest and index, then every file's size and checksum, shared out over the ran
 """
 
 import json
+import queue
 import sys
 import threading
 import time
@@ -101,6 +102,9 @@ class CheckpointStore:
         self._epoch = 0
         self._names: set[str] = set()
         self._thread: threading.Thread | None = None
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._idle = threading.Event()  # no save is in flight
+        self._idle.set()
         self._writing: _Job | None = None
         self._signature: list[Any] | None = None
         self._slots: list[store_format.Slot] = []
@@ -187,11 +191,11 @@ class CheckpointStore:
 
     def _open(self, info: CheckpointInfo) -> tuple[bytes, bytes]:
         """Marker, manifest and index, each proved by the one before, and the sizes of all files."""
-        marker = _json(self.storage.read(f"{info.name}/{COMMITTED}"), COMMITTED)
+        marker = self.storage.read(f"{info.name}/{COMMITTED}")
         manifest_json = self.storage.read(f"{info.name}/{MANIFEST}")
-        if marker.get("manifest_xxh3_128") != checksum(manifest_json):
-            raise ValueError(f"{MANIFEST} is not what {COMMITTED} says: checksums differ")
-        manifest = _json(manifest_json, MANIFEST)
+        if marker != _marker(info, checksum(manifest_json)):
+            raise ValueError(f"{COMMITTED} and {MANIFEST} do not belong together: one is damaged")
+        manifest = json.loads(manifest_json)
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, and this version reads {FORMAT}")
         if (manifest["step"], manifest["epoch"]) != (info.step, info.epoch):
@@ -258,8 +262,8 @@ class CheckpointStore:
         name = self._new_name(step)
         job = _Job(name, extra_json, vetted, values, self._lease, time.perf_counter() - started, started)
         self._writing = job
-        self._thread = threading.Thread(target=self._write, args=(job,), name=f"save-{step}", daemon=True)
-        self._thread.start()
+        self._idle.clear()
+        self._jobs.put(job)
         if wait or not self.config.asynchronous:
             self.finish()
 
@@ -298,7 +302,7 @@ class CheckpointStore:
 
     def _ready(self, planner: DefaultSavePlanner) -> bool:
         """Whether to stage now, agreed by all ranks; makes plan, buffers and groups as needed."""
-        busy = self._thread is not None and self._thread.is_alive()
+        busy = not self._idle.is_set()
         changed = not busy and store_format.signature(planner.state_dict) != self._signature
         flags = torch.tensor([busy, changed, self._fenced is not None, self._group_broken, self._epoch == 0])
         if self.world > 1:
@@ -358,6 +362,9 @@ class CheckpointStore:
         self._data.fill_(1)
         self._views = [slot.view(self._data) for slot in self._slots]
         self._signature = store_format.signature(planner.state_dict)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+            self._thread.start()
 
     def _new_name(self, step: int) -> CheckpointInfo:
         """A name never used before in this epoch, the same on all ranks."""
@@ -367,8 +374,19 @@ class CheckpointStore:
         self._names.add(info.name)
         return info
 
+    def _run(self) -> None:
+        """The writing thread. One for all saves, as starting one costs the trainer milliseconds; a daemon, as a write
+        that hangs must not keep the process from ending."""
+        while True:
+            job = self._jobs.get()
+            try:
+                self._write(job)
+            finally:
+                self._writing = None
+                self._idle.set()
+
     def _write(self, job: _Job) -> None:
-        """The writing thread. It reports; it never raises."""
+        """Writes, concludes with all ranks, reports."""
         report: dict[str, Any] = {"values": job.values, "error": "", "refused": False}
         try:
             if bad := store_format.first_non_finite(self._slots, self._data):
@@ -385,7 +403,6 @@ class CheckpointStore:
         except Exception as error:  # a rank is gone, or has been writing for longer than write_timeout_s
             self._group_broken = True
             outcome = {"kind": "save_failed", "detail": f"the ranks lost each other: {_why(error)}"}
-        self._writing = None
         self._failed_at = time.monotonic() if outcome["kind"] == "save_failed" else None
         if outcome["kind"] == "fenced":
             self._fence(outcome["detail"])
@@ -394,6 +411,8 @@ class CheckpointStore:
         if self.rank == 0 and outcome["kind"] == "saved":
             try:
                 self._tidy(job)
+            except Fenced as fenced:
+                self._fence(str(fenced))
             except Exception as error:
                 self._event("remove_failed", job.info.step, f"old checkpoints not removed: {_why(error)}")
 
@@ -463,11 +482,12 @@ class CheckpointStore:
         self.storage.sync(folder)
         self.storage.sync()
         job.lease.check()
-        marker = {"step": job.info.step, "epoch": job.info.epoch, "manifest_xxh3_128": written.xxh3_128}
-        self.storage.put(f"{folder}/{COMMITTED}", json.dumps(marker).encode())
+        self.storage.put(f"{folder}/{COMMITTED}", _marker(job.info, written.xxh3_128))
         return sum(f["bytes"] for f in files.values())
 
     def _tidy(self, job: _Job) -> None:
+        assert job.lease is not None
+        job.lease.check()  # a zombie removes nothing
         for info in policy.removable(self.steps(), self.config, read_epochs(self.storage), job.info.epoch):
             self._remove(info)
             self._event("removed", info.step, f"{info.name} removed" + ("" if info.committed else " (never committed)"))
@@ -480,13 +500,8 @@ class CheckpointStore:
     # --------------------------------------------------------------------------------------------------- together
 
     def _join(self) -> None:
-        if self._thread is None:
-            return
-        self._thread.join(self.config.write_timeout_s)
-        if self._thread.is_alive():
+        if not self._idle.wait(self.config.write_timeout_s):
             self._event("save_failed", 0, f"still writing after {self.config.write_timeout_s:g} s: waiting no longer")
-        else:
-            self._thread = None
 
     def _fence(self, detail: str) -> None:
         self._fenced = detail
@@ -576,11 +591,5 @@ def _why(error: Exception) -> str:
     return text if isinstance(error, ValueError | CheckpointError) and text else f"{type(error).__name__}: {text}"
 
 
-def _json(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError:
-        raise ValueError(f"{name} is no JSON: it is damaged") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is damaged")
-    return value
+def _marker(info: CheckpointInfo, manifest_xxh3_128: str) -> bytes:
+    return json.dumps({"step": info.step, "epoch": info.epoch, "manifest_xxh3_128": manifest_xxh3_128}).encode()
