@@ -45,7 +45,7 @@ _MAY_CHANGE = (
 
 def launch(spec: RunSpec, overrides: Sequence[str]) -> int:
     """Makes or finds the run directory, prepares the data, submits, and follows the run to its end."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     if missing := spec.layout.not_built():
         raise UserError("\n".join(missing))
     if spec.cluster.kind != "local":
