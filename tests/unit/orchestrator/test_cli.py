@@ -1,0 +1,42 @@
+"""What a person types and reads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+COMMAND = [sys.executable, "-c", "import sys; from orchestrator.cli import main; sys.exit(main())"]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+
+
+def test_help_names_every_command_and_imports_neither_torch_nor_hydra() -> None:
+    code = (
+        "import sys; from orchestrator.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'hydra', 'submitit', 'wandb', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("launch", "config"):
+        assert command in done.stdout
+
+
+def test_configuring_imports_no_torch() -> None:
+    code = "import sys; from orchestrator.cli import main; main(['config']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_users_mistake_is_text_and_exit_code_2() -> None:
+    done = run("launch", "model.n_heads=3")
+    assert done.returncode == 2
+    assert "set model.n_heads=2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Path("runs/tiny").exists()
+
+
+def test_an_unknown_command_is_exit_code_2() -> None:
+    assert run("lunch").returncode == 2

@@ -1,0 +1,122 @@
+"""The configuration: the paper's numbers, and everything that is wrong told at once."""
+
+import pytest
+
+from model.config import swiglu_ffn_dim
+from model.cost import parameter_count
+from orchestrator import spec as specs
+from orchestrator.errors import UserError
+from orchestrator.spec import compose
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "dim", "heads", "layers", "lr"),
+    [
+        ("llama_7b", 6.7, 4096, 32, 32, 3.0e-4),
+        ("llama_13b", 13.0, 5120, 40, 40, 3.0e-4),
+        ("llama_33b", 32.5, 6656, 52, 60, 1.5e-4),
+        ("llama_65b", 65.2, 8192, 64, 80, 1.5e-4),
+    ],
+)
+def test_sizes_of_the_paper(name: str, billions: float, dim: int, heads: int, layers: int, lr: float) -> None:
+    spec = compose([f"experiment={name}"])
+    model = spec.model
+    assert (model.dim, model.n_heads, model.n_layers) == (dim, heads, layers)
+    assert model.ffn_dim == swiglu_ffn_dim(dim)
+    assert (model.vocab_size, model.sequence_length) == (32_000, 2048)
+    # 7B has 6.738e9 parameters, which the paper cuts to 6.7; the others round.
+    assert int(parameter_count(model) / 1e8) / 10 == billions or round(parameter_count(model) / 1e9, 1) == billions
+    assert spec.optim.lr == lr
+    assert (spec.optim.beta1, spec.optim.beta2, spec.optim.weight_decay, spec.optim.grad_clip) == (0.9, 0.95, 0.1, 1.0)
+    assert (spec.optim.warmup_steps, spec.optim.min_lr_ratio) == (2000, 0.1)
+
+
+def test_llama_65b_is_the_published_run() -> None:
+    spec = compose(["experiment=llama_65b"])
+    assert spec.cluster.gpus == spec.layout.gpus == 2048
+    assert spec.gpu.name == "a100_80gb"
+    assert spec.batch_tokens == 4 * 1024 * 1024
+    assert spec.steps * spec.batch_tokens == pytest.approx(1.4e12, rel=1e-5)
+    shares = {n: s.proportion for n, s in spec.data.sources.items()}
+    assert shares == {
+        "commoncrawl": 0.67,
+        "c4": 0.15,
+        "github": 0.045,
+        "wikipedia": 0.045,
+        "books": 0.045,
+        "arxiv": 0.025,
+        "stackexchange": 0.02,
+    }
+
+
+def test_parameter_count_is_the_models_own() -> None:
+    import torch
+
+    from model.transformer import Transformer
+
+    for name in ("tiny", "llama_65b"):
+        config = compose([f"model={name}"]).model
+        with torch.device("meta"):
+            model = Transformer(config)
+        assert sum(p.numel() for p in model.parameters()) == parameter_count(config)
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(UserError) as refused:
+        compose(list(overrides))
+    return str(refused.value)
+
+
+def test_everything_wrong_is_told_together() -> None:
+    text = problems("modell=x", "optim.lr=abc", "optim.foo=1", "+zz=1", "model.n_heads=3", "carbon.pue=0.5")
+    assert "there are 6 problems" in text
+    for part in ("modell=x", "optim.lr=abc", "'foo' not in 'OptimConfig'", "'zz' not in", "model.n_heads=3", "carbon.pue=0.5"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.n_heads=3"], ["model.dim=256", "model.n_heads=3", "set model.n_heads=2"]),
+        (
+            ["experiment=llama_65b", "cluster.nodes=64"],
+            ["2048 GPUs (dp 256 x tp 8)", "the cluster has 512", "set layout.dp_shard=64"],
+        ),
+        (["optim.batch_sequences=9"], ["optim.batch_sequences=9", "8 rows", "set optim.batch_sequences=8"]),
+        (["data.sources.licences.proportion=0.5"], ["sum to 1.455, not 1", "change one by -0.455"]),
+        (["optim.warmup_steps=300"], ["warmup_steps=300", "steps=300"]),
+        (["model=llama_9b"], ["model/llama_9b", "llama_7b"]),
+        (["cluster.nodes=2"], ["cluster.nodes=2", "set cluster.nodes=1"]),
+    ],
+)
+def test_each_problem_names_both_numbers_and_the_way_out(overrides: list[str], parts: list[str]) -> None:
+    text = problems(*overrides)
+    for part in parts:
+        assert part in text
+
+
+def test_every_choice_of_every_group_composes() -> None:
+    from importlib import resources
+
+    groups = [g for g in resources.files("hydra_conf").iterdir() if g.is_dir() and not g.name.startswith("__")]
+    seen = 0
+    for group in groups:
+        for choice in group.iterdir():
+            if choice.name.endswith(".yaml") and group.name != "experiment":
+                specs._compose([f"{group.name}={choice.name.removesuffix('.yaml')}"])
+                seen += 1
+    assert seen > 20
+
+
+def test_a_spec_comes_back_from_its_run_directory(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    spec = compose(["experiment=llama_65b", "seed=7"])
+    (tmp_path / "spec.yaml").write_text(specs.to_yaml(spec))
+    assert specs.load(tmp_path / "spec.yaml") == spec
+
+
+def test_a_users_own_group_is_found(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "name: mine\ndim: 128\nn_layers: 2\nn_heads: 2\nffn_dim: 384\nvocab_size: 512\nsequence_length: 64\n"
+    )
+    assert compose(["model=mine"], tmp_path).model.dim == 128

@@ -1,0 +1,28 @@
+"""The project as it is packed: six folders under one root, the YAML in the wheel, no path of one machine."""
+
+import importlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ["orchestrator", "model", "slurm", "dashboards", "hydra_conf"]
+
+
+def test_all_packages_resolve_under_one_root() -> None:
+    roots = {Path(str(importlib.import_module(name).__file__)).parent.parent for name in PACKAGES}
+    assert roots == {ROOT}
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_yaml_and_nothing_of_the_tests(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("arriero-*.whl"))).namelist()
+    there = {str(p.relative_to(ROOT)) for p in (ROOT / "hydra_conf").rglob("*.yaml")}
+    assert there <= set(names)
+    assert len(there) > 30
+    assert not [n for n in names if n.startswith("tests/")]
