@@ -104,16 +104,16 @@ def sample(run_dir: Path, attempt: int, watch_pid: int | None, sample_s: float) 
             nonlocal ticks, gpu_shares
             if gpu_shares is None:
                 gpu_shares = shares_of_gpus(_gpu_uuids(tracker._hardware), wanted_gpus, _mig_share)
+            time_s = time.time() - (time.perf_counter() - tracker._last_measured_time)  # the handler comes later
             readings = _readings(tracker._hardware, total, host, node_share, gpu_shares, sampled_j)
             try:
-                writer.append(Tick(time.time(), node, boot, sampler, attempt, job, tuple(readings)))
+                writer.append(Tick(time_s, node, boot, sampler, attempt, job, tuple(readings)))
                 ticks += 1
             except OSError as error:  # a full disk, a server that is away: the next tick carries all of it
                 print(f"could not write the energy ledger: {error}", flush=True)
 
     tracker = OfflineEmissionsTracker(
-        country_iso_code="USA",  # only energy is taken from it; carbon is the report's
-        force_carbon_intensity_g_co2e_kwh=0.0,
+        force_carbon_intensity_g_co2e_kwh=0.0,  # only energy is taken from it; carbon is the report's
         pue=1.0,
         gpu_ids=None,
         tracking_mode="machine",
