@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dashboards.curve import loss_curve_svg
 from model.data.prepare import PreparedData, prepare
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
@@ -196,7 +197,7 @@ def _follow(console: Console, spec: RunSpec, run_dir: RunDir, job: Job, events_b
         console.print("\nsaving, then stopping (press Ctrl-C again to leave it to itself)")
         job.stop()
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     view = _View(console, spec, run_dir, events_before)
     try:
         with view.progress:
@@ -207,7 +208,8 @@ def _follow(console: Console, spec: RunSpec, run_dir: RunDir, job: Job, events_b
     except KeyboardInterrupt:
         console.print(f"left to itself: job {job.id} goes on saving; run the same command again later")
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _View:
@@ -277,11 +279,16 @@ def _print_summary(console: Console, spec: RunSpec, run_dir: RunDir) -> None:
     console.print(f"tokens             {last.tokens:,} in {sum(s.step_s for s in steps):.0f} s of steps")
     if spec.carbon.measure:
         console.print(carbon_sentence(run_dir.root), soft_wrap=True)
+    curve = [(e.step, float(e.data["loss"])) for e in evaluated]
+    _write(
+        run_dir.loss_curve, loss_curve_svg(spec.name, [s.step for s in steps], [s.loss for s in steps], curve, unigram)
+    )
     sample = _newest(events, "finished")
     if sample and sample.data.get("sample"):
         console.print("\na held-out beginning, and how the model goes on after ⟶")
         console.print("  " + str(sample.data["sample"]).replace("\n", "\n  "), markup=False)
     console.print(f"\nrun directory      {_short(run_dir.root)}   (what is what: docs/run_directory.md)")
+    console.print(f"  loss curve       {_short(run_dir.loss_curve)}")
     console.print(f"  checkpoints      {_short(run_dir.checkpoints)}")
     console.print(f"  records, events  {_short(run_dir.records)}, {_short(run_dir.events)}")
     console.print(f"  logs             {_short(run_dir.logs)}")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -57,6 +58,7 @@ class JsonlWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()  # checkpoints tell of themselves from a thread of their own
         self._file: TextIO = path.open("a", encoding="utf-8")
         if self._file.tell():
             with path.open("rb") as existing:
@@ -66,10 +68,12 @@ class JsonlWriter:
 
     def write(self, record: StepRecord | Event, durable: bool = False) -> None:
         """Appends one line and hands it to the system; `durable` also waits for the disk."""
-        self._file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
-        self._file.flush()
-        if durable:
-            os.fsync(self._file.fileno())
+        line = json.dumps(asdict(record), separators=(",", ":")) + "\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -64,6 +64,11 @@ class RunDir:
         """Generated text."""
         return self.root / "samples"
 
+    @property
+    def loss_curve(self) -> Path:
+        """The loss as a picture, drawn when a launch sees the run finished."""
+        return self.root / "loss.svg"
+
     def next_attempt(self) -> int:
         """1 for the first start; each start takes the next number."""
         taken = [int(p.stem.removeprefix("attempt-")) for p in self.events.glob("attempt-*.jsonl")]

@@ -144,7 +144,8 @@ def _hardware(spec: specs.RunSpec, here: Place) -> tuple[torch.device, torch.dty
         has_bf16 = torch.cuda.is_bf16_supported()
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+        if "OMP_NUM_THREADS" not in os.environ:  # what the user set stays
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
         has_bf16 = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     wanted = {"auto": has_bf16, "bf16": True, "fp32": False}[spec.precision]
     return device, torch.bfloat16 if wanted else torch.float32

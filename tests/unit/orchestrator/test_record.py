@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from orchestrator.record import Event, JsonlWriter, StepRecord, kept_steps, read_all_steps, read_events, read_last, utc_now
+from orchestrator.record import (
+    Event,
+    JsonlWriter,
+    StepRecord,
+    kept_steps,
+    read_all_steps,
+    read_events,
+    read_last,
+    utc_now,
+)
 
 
 def record(step: int, attempt: int = 1, loss: float = 2.0) -> StepRecord:

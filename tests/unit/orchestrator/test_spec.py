@@ -70,7 +70,14 @@ def problems(*overrides: str) -> str:
 def test_everything_wrong_is_told_together() -> None:
     text = problems("modell=x", "optim.lr=abc", "optim.foo=1", "+zz=1", "model.n_heads=3", "carbon.pue=0.5")
     assert "there are 6 problems" in text
-    for part in ("modell=x", "optim.lr=abc", "'foo' not in 'OptimConfig'", "'zz' not in", "model.n_heads=3", "carbon.pue=0.5"):
+    for part in (
+        "modell=x",
+        "optim.lr=abc",
+        "'foo' not in 'OptimConfig'",
+        "'zz' not in",
+        "model.n_heads=3",
+        "carbon.pue=0.5",
+    ):
         assert part in text
 
 

@@ -1,0 +1,175 @@
+"""The whole path from the command to a trained model: real processes, real ranks, real signals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.record import StepRecord, kept_steps, read_all_steps, read_events
+from orchestrator.run_dir import RunDir
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-c", "import sys; from orchestrator.cli import main; sys.exit(main())", "launch"]
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two small sources of text and a group that mixes them."""
+    folder = tmp_path_factory.mktemp("workplace")
+    generator = random.Random(1)
+    words = ["llama", "mountain", "pass", "train", "load", "water", "stone", "path", "night", "bell"]
+    for source in ("a", "b"):
+        lines = [" ".join(generator.choices(words, k=60)) + ".\n" for _ in range(300)]
+        (folder / f"{source}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    (folder / "conf" / "data").mkdir(parents=True)
+    (folder / "conf" / "data" / "words.yaml").write_text(
+        "name: words\nheld_out_share: 0.1\ntokenizer: {vocab_size: 512}\nsources:\n"
+        "  a: {path: a.jsonl, proportion: 0.75}\n  b: {path: b.jsonl, proportion: 0.25}\n"
+    )
+    return folder
+
+
+def words(name: str, *more: str) -> list[str]:
+    return [
+        *COMMAND,
+        "--config-dir=conf",
+        "model=nano",
+        "data=words",
+        f"name={name}",
+        f"steps={STEPS}",
+        "optim.warmup_steps=5",
+        "eval_every_steps=10",
+        "checkpoint.every_steps=10",
+        *more,
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def launch(workplace: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words(name, *more), cwd=workplace, env=environment(), capture_output=True, text=True, check=False, timeout=200
+    )
+
+
+def run_dir(workplace: Path, name: str) -> RunDir:
+    return RunDir(workplace / "runs" / name)
+
+
+def losses(workplace: Path, name: str) -> dict[int, tuple[float, float]]:
+    kept: list[StepRecord] = kept_steps(read_all_steps(run_dir(workplace, name).records))
+    return {r.step: (r.loss, r.grad_norm) for r in kept}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace: Path) -> dict[int, tuple[float, float]]:
+    done = launch(workplace, "undisturbed")
+    assert done.returncode == 0, done.stderr
+    return losses(workplace, "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_run_trains_and_leaves_everything_in_its_directory(workplace: Path, undisturbed: dict[int, object]) -> None:
+    there = run_dir(workplace, "undisturbed")
+    assert list(undisturbed) == list(range(1, STEPS + 1))
+    for path in (there.spec, there.overrides, there.environment, there.data, there.code / "commit.txt"):
+        assert path.read_text().strip()
+    events = read_events(there.events)
+    assert [e.step for e in events if e.kind == "evaluated"] == [10, 20, 30]
+    assert {s for e in events if e.kind == "evaluated" for s in e.data["loss_by_source"]} == {"a", "b"}
+    assert events[-1].kind == "finished"
+    first, last = undisturbed[1], undisturbed[STEPS]
+    assert last[0] < first[0] - 2  # type: ignore[index]
+    assert list(there.samples.glob("*.txt"))
+
+
+@pytest.mark.slow
+def test_the_same_command_again_says_that_it_is_finished(workplace: Path, undisturbed: object) -> None:
+    again = launch(workplace, "undisturbed")
+    assert again.returncode == 0
+    assert "undisturbed is finished: all 30 steps" in again.stdout
+    assert len(list(run_dir(workplace, "undisturbed").records.iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_another_configuration_under_the_same_name_is_refused(workplace: Path, undisturbed: object) -> None:
+    refused = launch(workplace, "undisturbed", "optim.lr=1e-5")
+    assert refused.returncode == 2
+    assert "optim.lr was 0.002, now 1e-05" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed_gives_bitwise_the_same_losses(
+    workplace: Path, undisturbed: dict[int, tuple[float, float]], number: signal.Signals
+) -> None:
+    """Ctrl-C reaches the command and all of its children, as a terminal sends it; TERM reaches the command alone."""
+    name = f"stopped_by_{number.name.lower()}"
+    with subprocess.Popen(
+        words(name), cwd=workplace, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if "step     10  held-out" in line:
+                os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 0, rest
+    stopped_at = max(losses(workplace, name))
+    assert 10 <= stopped_at < STEPS
+    assert f"Stopped and saved at step {stopped_at}" in rest
+    assert "run the same command again" in rest
+
+    resumed = launch(workplace, name)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(workplace, name) == undisturbed
+    second = [r.step for r in read_all_steps(run_dir(workplace, name).records) if r.attempt == 2]
+    assert second == list(range(stopped_at + 1, STEPS + 1))  # nothing was trained twice
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_checkpoint_bitwise(
+    workplace: Path, undisturbed: dict[int, tuple[float, float]]
+) -> None:
+    with subprocess.Popen(
+        words("killed"), cwd=workplace, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if "step     20  held-out" in line:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+    resumed = launch(workplace, "killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(workplace, "killed") == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["layout.dp_shard=2"], ["layout.dp_replicate=2"]])
+def test_two_ranks_train_the_same_model_as_one(
+    workplace: Path, undisturbed: dict[int, tuple[float, float]], layout: list[str]
+) -> None:
+    name = layout[0].replace("=", "").replace(".", "_")
+    done = launch(workplace, name, "cluster.gpus_per_node=2", "precision=fp32", *layout)
+    assert done.returncode == 0, done.stderr
+    alone = launch(workplace, "fp32", "precision=fp32")
+    assert alone.returncode == 0, alone.stderr
+    for step, (loss, norm) in losses(workplace, "fp32").items():
+        assert losses(workplace, name)[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-3))
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_told_with_its_error_and_exit_code_1(workplace: Path) -> None:
+    failed = launch(workplace, "no_cuda", "gpu=h100")
+    assert failed.returncode == 1
+    assert "gpu=h100 needs CUDA, and torch finds none on this node: choose gpu=cpu" in failed.stderr
+    assert "logs" in failed.stderr
