@@ -140,3 +140,17 @@ def test_a_mistake_is_told_in_words(
 
 def test_the_papers_table_is_printed(capsys: pytest.CaptureFixture[str]):
     assert report(capsys, "--llama-table") == (Path(__file__).parents[1] / "golden/llama_table_15.md").read_text()
+
+
+def test_the_commands_of_the_document_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write_run(tmp_path / "runs" / "first_run", intensity_g_per_kwh=100)
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "energy.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("arriero ")]
+    assert len(commands) == 5
+    for command in commands:
+        words = command.partition("#")[0].partition(">")[0].split()
+        assert main(words[1:]) == 0, command
+        assert capsys.readouterr().out
