@@ -107,6 +107,8 @@ def _train(
         precision=kind,
         threads=torch.get_num_threads(),
         host=os.uname().nodename,
+        nodes=spec.cluster.nodes,
+        gpus=spec.cluster.gpus,
     )
     trainer = Trainer(config, ranks, loader, store, recorder, lambda: stop.requested is not None)
     finished = trainer.run()

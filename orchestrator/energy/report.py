@@ -28,7 +28,7 @@ class AccountedRun:
     carbon: CarbonConfig
     gpu: str
     gpu_watts: float
-    gpus: int
+    gpus: int  # of an attempt whose `started` event does not say
     nodes: int
 
 
@@ -38,6 +38,7 @@ class _Sums:
 
     windows: dict[int, tuple[float, float]]  # attempt -> when it lived, Unix seconds
     spans: list[Span]
+    sizes: dict[int, tuple[int, int]]  # attempt -> its nodes and GPUs: a run may go on with others
     by_source_j: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0.0))
     by_class_j: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0.0))
     by_kind_j: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -87,7 +88,12 @@ def account(runs: Sequence[AccountedRun], ask_slurm: bool = True) -> list[Carbon
 def _read_records(run: AccountedRun) -> _Sums:
     paths = RunDir(run.root)
     records, events = read_all_steps(paths.records), read_events(paths.events)
-    return _Sums(attempt_windows(records, events), timeline(records, events))
+    windows = attempt_windows(records, events)
+    sizes = dict.fromkeys(windows, (run.nodes, run.gpus))
+    for event in events:
+        if event.kind == "started" and event.attempt is not None:
+            sizes[event.attempt] = (event.data.get("nodes", run.nodes), event.data.get("gpus", run.gpus))
+    return _Sums(windows, timeline(records, events), sizes)
 
 
 def _groups_by_machine(of: dict[str, AccountedRun]) -> Iterator[list[tuple[str, Path]]]:
@@ -141,7 +147,7 @@ def _add_unseen_nodes(s: _Sums, run: AccountedRun) -> None:
     node_power_w = s.joules / s.node_s
     mean_g_per_kwh = s.grams_j_per_kwh / s.joules if s.joules else 0.0
     for attempt, (start_s, end_s) in s.windows.items():
-        unseen = run.nodes - len(s.nodes.get(attempt, ()))
+        unseen = s.sizes[attempt][0] - len(s.nodes.get(attempt, ()))
         if unseen <= 0 or end_s <= start_s:
             continue
         joules = unseen * (end_s - start_s) * node_power_w
@@ -157,8 +163,8 @@ def _statement(run: AccountedRun, s: _Sums, ask_slurm: bool) -> CarbonStatement:
     carbon = run.carbon
     energy_kwh = energy_range(s.by_source_j) if s.node_s else None
     grid, said, location = _grid(carbon, s)
-    held_s = sum(end_s - start_s for start_s, end_s in s.windows.values()) or s.node_s / run.nodes
-    gpu_hours = run.gpus * held_s / 3600
+    gpu_s = sum(s.sizes[attempt][1] * (end_s - start_s) for attempt, (start_s, end_s) in s.windows.items())
+    gpu_hours = (gpu_s or s.node_s * run.gpus / run.nodes) / 3600
     co2e_kg = None
     if grid is not None and energy_kwh is not None:
         site = energy_kwh * carbon.pue

@@ -98,12 +98,12 @@ def test_a_project_counts_a_shared_device_once(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_node_that_left_no_line_is_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = write_run(tmp_path / "llama")
-    text = RunDir(run).spec.read_text()
-    assert text.count("  nodes: 1\n") == 1
-    RunDir(run).spec.write_text(text.replace("  nodes: 1\n", "  nodes: 2\n"))
+    started = next(RunDir(run).events.iterdir())
+    started.write_text(started.read_text().replace('"data":{}', '"data":{"nodes":2,"gpus":16}'))
     (told,) = json.loads(report(capsys, run, "--json"))
     assert told["figures"]["energy_kwh"]["value"] == pytest.approx(0.02)
     assert told["figures"]["source_estimated_kwh"]["value"] == pytest.approx(0.01)
+    assert told["figures"]["gpu_hours"]["value"] == pytest.approx(16 * 100 / 3600)
 
 
 def test_a_series_weighs_the_hours_by_what_was_used_in_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
