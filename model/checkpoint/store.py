@@ -93,6 +93,7 @@ class CheckpointStore:
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
         self._on_event = on_event
+        self.saved_step: int | None = None  # of the last save that was committed; the same on all ranks after finish()
         self._group = self._new_group()  # for the caller's thread
         self._write_group = self._new_group()  # for the writing thread
         self._group_broken = False
@@ -212,9 +213,10 @@ class CheckpointStore:
         return manifest_json, index_json
 
     def _unasked(self, saved: set[str], asked: set[str], state: dict[str, Any]) -> str:
-        """Half a model must not load as if it were a whole one: what was saved under the keys of `state` was asked for
+        """Half a model must not load as if it were a whole one: all that was saved of the same kinds was asked for
         by some rank."""
-        names = sorted(n for n in saved if n.split(".", 1)[0] in state)
+        kinds = {key.split(".", 1)[0] for key in state}  # such as "model", "optim"
+        names = sorted(n for n in saved if n.split(".", 1)[0] in kinds)
         mask = torch.tensor([n in asked for n in names], dtype=torch.uint8)
         if self.world > 1 and names:
             dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=self._group)
@@ -242,13 +244,10 @@ class CheckpointStore:
         planner = DefaultSavePlanner()
         planner.set_up_planner(state, is_coordinator=self.rank == 0)
         if not self._ready(planner):
-            if job := self._writing:
-                self._event(
-                    "save_skipped",
-                    step,
-                    f"step {step} not saved: step {job.info.step} is still being written, "
-                    f"for {time.perf_counter() - job.started:.1f} s",
-                )
+            job = self._writing
+            seconds = f", for {time.perf_counter() - job.started:.1f} s" if job else " on another rank"
+            before = f"step {job.info.step}" if job else "the save before"
+            self._event("save_skipped", step, f"step {step} not saved: {before} is still being written{seconds}")
             return
         self._failed_at = None
         values = {i.index.fqn: planner.lookup_object(i.index) for i in self._value_items}
@@ -404,6 +403,8 @@ class CheckpointStore:
             self._group_broken = True
             outcome = {"kind": "save_failed", "detail": f"the ranks lost each other: {_why(error)}"}
         self._failed_at = time.monotonic() if outcome["kind"] == "save_failed" else None
+        if outcome["kind"] == "saved":
+            self.saved_step = job.info.step
         if outcome["kind"] == "fenced":
             self._fence(outcome["detail"])
         else:
