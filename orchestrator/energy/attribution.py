@@ -19,6 +19,8 @@ from orchestrator.record import Event, StepRecord
 # `lost`: steps that a rewind or a crash undid. `startup`: from a start, a resume or a rewind to the next step.
 CLASSES = ("kept", "lost", "startup", "checkpoint", "evaluation", "idle")
 
+FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
+
 _CLASS_OF_EVENT = {
     "saved": "checkpoint",
     "save_failed": "checkpoint",
@@ -80,23 +82,36 @@ def timeline(records: Sequence[StepRecord], events: Sequence[Event]) -> list[Spa
     return _disjoint(spans)
 
 
-def attribute(intervals: Sequence[Interval], spans: Sequence[Span]) -> dict[str, float]:
-    """Joules of each class; together the joules of the intervals. `spans` as `timeline` makes them."""
-    joules = np.array([i.joules for i in intervals], dtype=np.float64)
-    total_j = float(joules.sum())
-    if not intervals or not spans:
-        return {kind: total_j if kind == "idle" else 0.0 for kind in CLASSES}
-    origin_s = spans[0].start_s
-    start_s = np.array([i.start_s for i in intervals]) - origin_s
-    end_s = np.array([i.end_s for i in intervals]) - origin_s
-    edges_s = np.array([t - origin_s for span in spans for t in (span.start_s, span.end_s)])
-    of: dict[str, float] = {}
+@dataclass(frozen=True)
+class ClassSeconds:
+    """How many seconds of each class a run had lived until each edge of its spans: piecewise linear in time."""
+
+    edges_s: FloatArray  # Unix seconds since `origin_s`, growing
+    until_s: dict[str, FloatArray]  # by class but idle, at each edge
+    origin_s: float
+
+
+def class_seconds(spans: Sequence[Span]) -> ClassSeconds:
+    """`spans` as `timeline` makes them."""
+    origin_s = spans[0].start_s if spans else 0.0
+    edges_s = np.array([t - origin_s for span in spans for t in (span.start_s, span.end_s)] or [0.0])
+    until_s = {}
     for kind in CLASSES[:-1]:
-        # Seconds of this class until each edge: piecewise linear in time, so what an interval holds is a difference.
-        until_s = np.cumsum([s for span in spans for s in (0.0, (span.end_s - span.start_s) * (span.kind == kind))])
-        seconds = np.interp(end_s, edges_s, until_s) - np.interp(start_s, edges_s, until_s)
+        lived = [s for span in spans for s in (0.0, (span.end_s - span.start_s) * (span.kind == kind))]
+        until_s[kind] = np.cumsum(lived or [0.0])
+    return ClassSeconds(edges_s, until_s, origin_s)
+
+
+def attribute(intervals: Sequence[Interval], lived: ClassSeconds) -> dict[str, float]:
+    """Joules of each class; together the joules of the intervals."""
+    joules = np.array([i.joules for i in intervals], dtype=np.float64)
+    start_s = np.array([i.start_s for i in intervals], dtype=np.float64) - lived.origin_s
+    end_s = np.array([i.end_s for i in intervals], dtype=np.float64) - lived.origin_s
+    of: dict[str, float] = {}
+    for kind, until_s in lived.until_s.items():
+        seconds = np.interp(end_s, lived.edges_s, until_s) - np.interp(start_s, lived.edges_s, until_s)
         of[kind] = float((joules * seconds / (end_s - start_s)).sum())
-    of["idle"] = max(0.0, total_j - sum(of.values()))
+    of["idle"] = max(0.0, float(joules.sum()) - sum(of.values()))
     return of
 
 

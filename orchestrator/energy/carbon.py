@@ -16,6 +16,7 @@ from orchestrator.energy.config import CarbonConfig
 from orchestrator.errors import UserError
 
 J_PER_KWH = 3.6e6
+FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 # Half-widths of what a joule of each source is known to (docs/numbers.md): systematic, so they never average out.
 UNCERTAINTY = {"counter": 0.10, "sampled": 0.10, "modelled": 0.30, "estimated": 0.50}
@@ -52,16 +53,12 @@ class Series:
     def covers(self, start_s: float, end_s: float) -> bool:
         return self.start_s[0] <= start_s and end_s <= self.end_s
 
-    def mean_g_per_kwh(
-        self, start_s: Sequence[float], end_s: Sequence[float]
-    ) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    def mean_g_per_kwh(self, start_s: Sequence[float], end_s: Sequence[float]) -> FloatArray:
         """The mean over each of many stretches of time, at even power."""
         edges = np.array([*self.start_s, self.end_s]) - self.start_s[0]
         until = np.concatenate(([0.0], np.cumsum(np.diff(edges) * np.array(self.g_per_kwh))))
         a, b = np.array(start_s) - self.start_s[0], np.array(end_s) - self.start_s[0]
-        mean: np.ndarray[tuple[int], np.dtype[np.float64]] = (
-            np.interp(b, edges, until) - np.interp(a, edges, until)
-        ) / (b - a)
+        mean: FloatArray = (np.interp(b, edges, until) - np.interp(a, edges, until)) / (b - a)
         return mean
 
 

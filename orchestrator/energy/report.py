@@ -2,21 +2,26 @@
 fills the statement that `dashboards.carbon` shows.
 """
 
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dashboards.carbon import CarbonStatement, Range
-from orchestrator.energy.attribution import CLASSES, Span, attempt_windows, attribute, timeline
-from orchestrator.energy.carbon import J_PER_KWH, UNCERTAINTY_METHOD, energy_range, intensity, read_series
+from orchestrator.energy.attribution import CLASSES, ClassSeconds, attempt_windows, attribute, class_seconds, timeline
+from orchestrator.energy.carbon import J_PER_KWH, UNCERTAINTY_METHOD, Series, energy_range, intensity, read_series
 from orchestrator.energy.config import CarbonConfig
-from orchestrator.energy.ledger import SOURCES, Interval, Tick, consumption, kind_of, read_ledger
+from orchestrator.energy.ledger import SOURCES, Interval, Tick, consumption, decode, kind_of, read_ledger
 from orchestrator.record import read_all_steps, read_events
 from orchestrator.run_dir import RunDir
 from slurm.energy import consumed_energy_j
+
+
+_PARALLEL_FROM = 8  # machines: below that, starting processes takes longer than it saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +37,29 @@ class AccountedRun:
     nodes: int
 
 
-@dataclass
-class _Sums:
-    """One run's account, as it adds up node by node."""
+@dataclass(frozen=True)
+class _Life:
+    """What a run's own records say."""
 
     windows: dict[int, tuple[float, float]]  # attempt -> when it lived, Unix seconds
-    spans: list[Span]
     sizes: dict[int, tuple[int, int]]  # attempt -> its nodes and GPUs: a run may go on with others
+    lived: ClassSeconds
+    series: Series | None
+
+
+@dataclass
+class _Sums:
+    """One run's account, or the part of it that some ledger files hold."""
+
     by_source_j: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0.0))
     by_class_j: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0.0))
-    by_kind_j: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    by_kind_j: dict[str, float] = field(default_factory=dict)
     apportioned_j: float = 0.0
     grams_j_per_kwh: float = 0.0  # joules x g/kWh, with a series
     outside_series_s: float = 0.0
-    nodes: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))  # attempt -> seen
+    nodes: frozenset[tuple[int, str]] = frozenset()  # attempt and node, of those that left a line
     node_s: float = 0.0
-    jobs: set[str] = field(default_factory=set)
+    jobs: frozenset[str] = frozenset()
     dropped: int = 0
     unmeasured_s: float = 0.0
 
@@ -55,37 +67,42 @@ class _Sums:
     def joules(self) -> float:
         return sum(self.by_source_j.values())
 
+    def add(self, other: "_Sums") -> None:
+        for counted, more in (
+            (self.by_source_j, other.by_source_j),
+            (self.by_class_j, other.by_class_j),
+            (self.by_kind_j, other.by_kind_j),
+        ):
+            for key, joules in more.items():
+                counted[key] = counted.get(key, 0.0) + joules
+        self.nodes |= other.nodes
+        self.jobs |= other.jobs
+        for name in ("apportioned_j", "grams_j_per_kwh", "outside_series_s", "node_s", "dropped", "unmeasured_s"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 def account(runs: Sequence[AccountedRun], ask_slurm: bool = True) -> list[CarbonStatement]:
     """One statement a run and, for several, their total last. A run that is named twice counts once."""
     of = {str(run.root.resolve()): run for run in runs}
-    sums = {key: _read_records(run) for key, run in of.items()}
-    windows = {(key, attempt): window for key, s in sums.items() for attempt, window in s.windows.items()}
-    for files in _groups_by_machine(of):
-        ticks: list[Tick] = []
-        for key, path in files:
-            read, dropped = read_ledger(path, run=key)
-            ticks += read
-            sums[key].dropped += dropped
-            sums[key].jobs |= {tick.job for tick in read if tick.job}
-        consumed = consumption(ticks, windows)
-        for (key, attempt, node), seconds in consumed.node_s.items():
-            sums[key].nodes[attempt].add(node)
-            sums[key].node_s += seconds
-        by_run: dict[str, list[Interval]] = defaultdict(list)
-        for interval in consumed.intervals:
-            by_run[interval.run].append(interval)
-        for key, intervals in by_run.items():
-            _add(sums[key], of[key].carbon, intervals)
-        for key in {key for key, _ in files}:
-            sums[key].unmeasured_s += consumed.unmeasured_device_s
+    lives = {key: _read_life(run) for key, run in of.items()}
+    sums = {key: _Sums() for key in of}
+    groups = list(_groups_by_machine(of))
+    needed = [{key: lives[key] for key, _ in files} for files in groups]
+    if len(groups) < _PARALLEL_FROM:
+        parts = list(map(_account_group, groups, needed))
+    else:
+        with ProcessPoolExecutor(min(16, len(groups), os.cpu_count() or 1)) as pool:
+            parts = list(pool.map(_account_group, groups, needed))
+    for part in parts:
+        for key, more in part.items():
+            sums[key].add(more)
     for key, run in of.items():
-        _add_unseen_nodes(sums[key], run)
-    statements = [_statement(run, sums[key], ask_slurm) for key, run in of.items()]
+        _add_unseen_nodes(sums[key], lives[key], run)
+    statements = [_statement(run, sums[key], lives[key], ask_slurm) for key, run in of.items()]
     return statements if len(statements) == 1 else [*statements, _total(statements)]
 
 
-def _read_records(run: AccountedRun) -> _Sums:
+def _read_life(run: AccountedRun) -> _Life:
     paths = RunDir(run.root)
     records, events = read_all_steps(paths.records), read_events(paths.events)
     windows = attempt_windows(records, events)
@@ -93,7 +110,33 @@ def _read_records(run: AccountedRun) -> _Sums:
     for event in events:
         if event.kind == "started" and event.attempt is not None:
             sizes[event.attempt] = (event.data.get("nodes", run.nodes), event.data.get("gpus", run.gpus))
-    return _Sums(windows, timeline(records, events), sizes)
+    carbon = run.carbon
+    series = read_series(carbon.series) if carbon.series and carbon.intensity_g_per_kwh is None else None
+    return _Life(windows, sizes, class_seconds(timeline(records, events)), series)
+
+
+def _account_group(files: Sequence[tuple[str, Path]], lives: Mapping[str, _Life]) -> dict[str, _Sums]:
+    """What the ledger files of one machine say of each run."""
+    sums = {key: _Sums() for key in lives}
+    ticks: list[Tick] = []
+    for key, path in files:
+        read, dropped = read_ledger(path, run=key)
+        ticks += read
+        sums[key].dropped += dropped
+        sums[key].jobs |= {tick.job for tick in read if tick.job}
+    windows = {(key, attempt): window for key, life in lives.items() for attempt, window in life.windows.items()}
+    consumed = consumption(ticks, windows)
+    for (key, attempt, node), seconds in consumed.node_s.items():
+        sums[key].nodes |= {(attempt, node)}
+        sums[key].node_s += seconds
+    by_run: dict[str, list[Interval]] = defaultdict(list)
+    for interval in consumed.intervals:
+        by_run[interval.run].append(interval)
+    for key, intervals in by_run.items():
+        sums[key].add(_of_intervals(intervals, lives[key]))
+    for s in sums.values():
+        s.unmeasured_s = consumed.unmeasured_device_s
+    return sums
 
 
 def _groups_by_machine(of: dict[str, AccountedRun]) -> Iterator[list[tuple[str, Path]]]:
@@ -115,8 +158,6 @@ def _groups_by_machine(of: dict[str, AccountedRun]) -> Iterator[list[tuple[str, 
 
 def _boots(path: Path) -> set[str]:
     """The boot that the first whole line of a file names; an attempt outlives no boot of its node."""
-    from orchestrator.energy.ledger import decode
-
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if (tick := decode(line)) is not None:
@@ -124,46 +165,50 @@ def _boots(path: Path) -> set[str]:
     return set()
 
 
-def _add(s: _Sums, carbon: CarbonConfig, intervals: list[Interval]) -> None:
+def _of_intervals(intervals: list[Interval], life: _Life) -> _Sums:
+    s = _Sums(by_class_j=attribute(intervals, life.lived))
     for interval in intervals:
+        kind = kind_of(interval.device)
         s.by_source_j[interval.source] += interval.joules
-        s.by_kind_j[kind_of(interval.device)] += interval.joules
+        s.by_kind_j[kind] = s.by_kind_j.get(kind, 0.0) + interval.joules
         if interval.share < 1:
             s.apportioned_j += interval.joules
-    for kind, joules in attribute(intervals, s.spans).items():
-        s.by_class_j[kind] += joules
-    if carbon.intensity_g_per_kwh is None and carbon.series is not None:
-        series = read_series(carbon.series)
-        outside = [i for i in intervals if not series.covers(i.start_s, i.end_s)]
+    if life.series is not None:
+        outside = [i for i in intervals if not life.series.covers(i.start_s, i.end_s)]
         s.outside_series_s += sum(i.end_s - i.start_s for i in outside)
-        means = series.mean_g_per_kwh([i.start_s for i in intervals], [i.end_s for i in intervals])
+        means = life.series.mean_g_per_kwh([i.start_s for i in intervals], [i.end_s for i in intervals])
         s.grams_j_per_kwh += float((np.array([i.joules for i in intervals]) * means).sum())
+    return s
 
 
-def _add_unseen_nodes(s: _Sums, run: AccountedRun) -> None:
+def _add_unseen_nodes(s: _Sums, life: _Life, run: AccountedRun) -> None:
     """Nodes that left no line (lost before the first, or without a sampler) count as the mean of those that did."""
     if not s.node_s:
         return
-    node_power_w = s.joules / s.node_s
-    mean_g_per_kwh = s.grams_j_per_kwh / s.joules if s.joules else 0.0
-    for attempt, (start_s, end_s) in s.windows.items():
-        unseen = s.sizes[attempt][0] - len(s.nodes.get(attempt, ()))
-        if unseen <= 0 or end_s <= start_s:
-            continue
-        joules = unseen * (end_s - start_s) * node_power_w
-        s.by_source_j["estimated"] += joules
-        s.by_kind_j["unseen nodes"] += joules
-        s.grams_j_per_kwh += joules * mean_g_per_kwh
-        interval = Interval(run.name, "unseen", start_s, end_s, joules, "estimated", 1.0)
-        for kind, part_j in attribute([interval], s.spans).items():
-            s.by_class_j[kind] += part_j
+    node_power_w, mean_g_per_kwh = s.joules / s.node_s, s.grams_j_per_kwh / s.joules if s.joules else 0.0
+    unseen: list[Interval] = []
+    for attempt, (start_s, end_s) in life.windows.items():
+        nodes = life.sizes[attempt][0] - sum(a == attempt for a, _ in s.nodes)
+        if nodes > 0 and end_s > start_s:
+            joules = nodes * (end_s - start_s) * node_power_w
+            unseen.append(Interval(run.name, "unseen nodes", start_s, end_s, joules, "estimated", 1.0))
+    total_j = sum(i.joules for i in unseen)
+    if total_j:
+        s.add(
+            _Sums(
+                by_source_j={"estimated": total_j},
+                by_class_j=attribute(unseen, life.lived),
+                by_kind_j={"unseen nodes": total_j},
+                grams_j_per_kwh=total_j * mean_g_per_kwh,
+            )
+        )
 
 
-def _statement(run: AccountedRun, s: _Sums, ask_slurm: bool) -> CarbonStatement:
+def _statement(run: AccountedRun, s: _Sums, life: _Life, ask_slurm: bool) -> CarbonStatement:
     carbon = run.carbon
     energy_kwh = energy_range(s.by_source_j) if s.node_s else None
     grid, said, location = _grid(carbon, s)
-    gpu_s = sum(s.sizes[attempt][1] * (end_s - start_s) for attempt, (start_s, end_s) in s.windows.items())
+    gpu_s = sum(life.sizes[attempt][1] * (end_s - start_s) for attempt, (start_s, end_s) in life.windows.items())
     gpu_hours = (gpu_s or s.node_s * run.gpus / run.nodes) / 3600
     co2e_kg = None
     if grid is not None and energy_kwh is not None:

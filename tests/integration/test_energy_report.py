@@ -85,7 +85,11 @@ def test_without_an_intensity_it_tells_energy_and_how_to_get_carbon(tmp_path: Pa
     assert "FRA (2023)" in told["figures"]["co2e_kg"]["how"]
 
 
-def test_a_project_counts_a_shared_device_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("parallel_from", [1, 100])
+def test_a_project_counts_a_shared_device_once(
+    parallel_from: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("orchestrator.energy.report._PARALLEL_FROM", parallel_from)
     for name in ("a", "b"):
         write_run(tmp_path / "sweep" / name)
     write_run(tmp_path / "sweep" / "c", device="GPU-2")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.energy.attribution import CLASSES, attempt_windows, attribute, timeline
+from orchestrator.energy.attribution import CLASSES, attempt_windows, attribute, class_seconds, timeline
 from orchestrator.energy.ledger import Interval
 from orchestrator.record import Event, StepRecord
 
@@ -34,7 +34,7 @@ def power(start_s: float, end_s: float, watts: float = 100.0) -> list[Interval]:
 
 
 def joules(records: list[StepRecord], events: list[Event], end_s: float) -> dict[str, float]:
-    return {k: v for k, v in attribute(power(T0, T0 + end_s), timeline(records, events)).items() if v}
+    return {k: v for k, v in attribute(power(T0, T0 + end_s), class_seconds(timeline(records, events))).items() if v}
 
 
 def test_each_part_of_a_run_has_its_class():
@@ -114,7 +114,7 @@ def test_a_run_killed_ten_times_keeps_the_energy_of_one_never_killed():
     kept = {}
     for kills in (0, 10):
         records, events, intervals = life(kills, saved_every=5)
-        kept[kills] = attribute(intervals, timeline(records, events))
+        kept[kills] = attribute(intervals, class_seconds(timeline(records, events)))
     assert kept[10]["kept"] == pytest.approx(kept[0]["kept"], rel=1e-6)
     assert kept[0]["lost"] == 0
     assert kept[10]["lost"] > 0
@@ -132,7 +132,7 @@ def test_whatever_happened_no_joule_is_made_or_lost(steps, events, used):
     spans = timeline(records, [event(kind, T0 + at, n, attempt) for kind, at, n, attempt in events])
     assert all(a.end_s <= b.start_s for a, b in pairwise(spans))
     intervals = [Interval("r", "d", T0 + a, T0 + a + s, j, "counter", 1.0) for a, s, j in used]
-    of = attribute(intervals, spans)
+    of = attribute(intervals, class_seconds(spans))
     assert set(of) == set(CLASSES)
     assert min(of.values()) >= -1e-6
     assert sum(of.values()) == pytest.approx(sum(j for *_, j in used), rel=1e-9, abs=1e-6)
