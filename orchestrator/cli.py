@@ -81,6 +81,33 @@ def _parser() -> argparse.ArgumentParser:
     carbon.add_argument("--llama-table", action="store_true", help="print the LLaMA paper's table 15, recomputed")
     _takes_json(carbon)
 
+    spikes = commands.add_parser("spikes", help="loss spikes: what a rule sees in a log", description="Loss spikes.")
+    spikes_commands = spikes.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    replay = _command(
+        spikes_commands,
+        "replay",
+        _spikes_replay,
+        "run a spike rule over loss logs, and draw what it would have done",
+        "Runs a rule over any loss log: CSV (step, loss, and grad_norm if there is one), JSON lines, a run directory,\n"
+        "or a W&B .wandb file. Prints a table and writes one SVG a log.",
+    )
+    replay.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log files or run directories")
+    replay.add_argument(
+        "--rule", default="cusum", help="cusum (default), olmo_skip_step, kill_loss_spike, zscore, zclip"
+    )
+    replay.add_argument(
+        "--declared",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="STEP",
+        help="steps from which the loss is expected to change (learning-rate restart, new mix)",
+    )
+    replay.add_argument("--undone", action="store_true", help="of a run directory, also the steps that were undone")
+    replay.add_argument("--picture", type=Path, metavar="DIR", help="write the pictures here (default: this folder)")
+    replay.add_argument("--no-picture", action="store_true", help="print only")
+    _takes_json(replay)
+
     # Started by the ranks, one a node; not for people, so not in --help.
     sampler = commands.add_parser("energy-sample")
     sampler.add_argument("run_dir", type=Path)
@@ -163,3 +190,31 @@ def _energy_sample(args: argparse.Namespace) -> int:
     from orchestrator.energy.sampler import sample
 
     return sample(args.run_dir, args.attempt, args.watch, args.sample_s)
+
+
+def _spikes_replay(args: argparse.Namespace) -> int:
+    from orchestrator.errors import UserError
+    from orchestrator.spikes import replay
+
+    results = [replay.run_over(log, args.rule, args.declared, args.undone) for log in args.logs]
+    pictures: list[Path] = []
+    if not args.no_picture:
+        folder = args.picture or Path()
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--picture {folder} is a file: give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, result in enumerate(results):
+            name = f"spikes-{args.logs[number].resolve().stem}-{args.rule}.svg"
+            if any(p.name == name for p in pictures):  # two logs of one name, in two folders
+                name = name.replace(".svg", f"-{number + 1}.svg")
+            pictures.append(folder / name)
+            pictures[-1].write_text(replay.picture(result), encoding="utf-8")
+    if args.json:
+        drawn: list[str | None] = [str(p) for p in pictures] or [None] * len(results)
+        print_json([{**r.summary(), "picture": p} for r, p in zip(results, drawn, strict=True)])
+        return 0
+    for number, result in enumerate(results):
+        print(replay.table(result))
+        if pictures:
+            print(f"drawn in {pictures[number]}")
+    return 0

@@ -69,7 +69,16 @@ class RunSpec:
         ]
         if self.precision not in ("auto", "bf16", "fp32"):
             found.append(f"precision={self.precision} is none of auto, bf16, fp32")
-        sections = (self.model, self.data, self.optim, self.cluster, self.checkpoint, self.carbon, self.dashboard)
+        sections = (
+            self.model,
+            self.data,
+            self.optim,
+            self.cluster,
+            self.checkpoint,
+            self.spikes,
+            self.carbon,
+            self.dashboard,
+        )
         for section in sections:
             found += section.problems()
         if not self.model.problems():

@@ -1,0 +1,170 @@
+"""`arriero spikes replay`: every kind of log, the table, the picture, and what a user may get wrong."""
+
+import json
+import math
+import random
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import main
+from orchestrator.record import JsonlWriter, StepRecord, utc_now
+from orchestrator.run_dir import RunDir
+from orchestrator.spikes import replay
+from orchestrator.spikes.finding import Kind
+
+SPIKE_AT = 300
+
+
+def rows(steps: int = 400) -> list[tuple[int, float, float]]:
+    rng = random.Random(1)
+    bump = [1.5 * math.exp(-(s - SPIKE_AT) / 15) if s >= SPIKE_AT else 0.0 for s in range(steps + 1)]
+    return [
+        (s, 2 + 8 * (1 + s / 30) ** -0.4 + rng.gauss(0, 0.03) + bump[s], math.exp(rng.gauss(0, 0.1) + 2 * bump[s]))
+        for s in range(1, steps + 1)
+    ]
+
+
+def csv_log(path: Path, header: str = "step,loss,grad_norm") -> Path:
+    path.write_text(header + "\n" + "".join(f"{s},{x},{g}\n" for s, x, g in rows()))
+    return path
+
+
+def run_dir(path: Path, undone: bool) -> Path:
+    with JsonlWriter(RunDir(path).records / "attempt-0001.jsonl") as writer:
+        for step, loss, grad_norm in rows(SPIKE_AT + 5 if undone else 400):
+            writer.write(record(step, loss, grad_norm))
+    if undone:  # rewound past the spike
+        with JsonlWriter(RunDir(path).records / "attempt-0002.jsonl") as writer:
+            for step, loss, grad_norm in rows(SPIKE_AT - 1)[-100:]:
+                writer.write(record(step, loss, grad_norm))
+    return path
+
+
+def record(step: int, loss: float, grad_norm: float) -> StepRecord:
+    return StepRecord(
+        time_utc=utc_now(),
+        attempt=1,
+        step=step,
+        tokens=step,
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=1e-3,
+        step_s=1.0,
+        tokens_per_s=1.0,
+        mfu=None,
+    )
+
+
+def the_spike(path: Path) -> None:
+    alarms = [a for a in replay.run_over(path, "cusum").alarms if a.stopping]
+    assert [a.kind for a in alarms] == [Kind.SPIKE]
+    assert SPIKE_AT <= alarms[0].first_step <= SPIKE_AT + 2
+    assert SPIKE_AT - 3 <= alarms[0].onset_step <= SPIKE_AT
+
+
+@pytest.mark.parametrize("header", ["step,loss,grad_norm", "_step,train/loss,train/grad_norm", "iteration,lm loss,x"])
+def test_reads_csv_under_the_names_that_logs_use(tmp_path: Path, header: str) -> None:
+    the_spike(csv_log(tmp_path / "log.csv", header))
+
+
+def test_reads_json_lines_of_any_run_and_passes_over_what_is_no_loss(tmp_path: Path) -> None:
+    lines = [json.dumps({"_step": s, "train/loss": x, "gradients": {"a": 1}}) for s, x, _ in rows()]
+    lines += [json.dumps({"_step": 5, "eval/accuracy": 0.5}), "no json", '{"torn']
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(lines))
+    the_spike(log)
+
+
+def test_reads_a_run_directory_as_it_was_kept_or_with_what_was_undone(tmp_path: Path) -> None:
+    the_spike(run_dir(tmp_path / "plain", undone=False))
+    rewound = run_dir(tmp_path / "rewound", undone=True)
+    assert not [a for a in replay.run_over(rewound, "cusum").alarms if a.stopping]
+    assert [a for a in replay.run_over(rewound, "cusum", undone=True).alarms if a.stopping]
+
+
+def test_reads_what_wandb_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = wandb.init(project="spikes", dir=tmp_path)
+    for step, loss, grad_norm in rows():
+        run.log({"train/loss": loss, "train/grad_norm": grad_norm}, step=step)
+    run.finish()
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    the_spike(log)
+
+
+def test_a_loss_that_is_not_finite_is_read_and_drawn(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("step,loss\n" + "".join(f"{s},{x}\n" for s, x, _ in rows(200)) + "201,nan\n202,NaN\n")
+    result = replay.run_over(log, "cusum")
+    assert [(a.kind, a.first_step, a.last_step) for a in result.alarms] == [(Kind.NONFINITE, 201, 202)]
+    ET.fromstring(replay.picture(result))
+    log.write_text("step,loss\n1,nan\n")
+    ET.fromstring(replay.picture(replay.run_over(log, "cusum")))
+
+
+def test_the_picture_stands_by_itself_and_marks_the_spike(tmp_path: Path) -> None:
+    log = csv_log(tmp_path / "a<b&.csv")
+    drawn = replay.picture(replay.run_over(log, "cusum"))
+    root = ET.fromstring(drawn)
+    titles = [t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert any(t.startswith(f"step {SPIKE_AT + 1}, spike") for t in titles)
+    assert drawn.count("http") == 1  # the namespace: nothing is fetched
+
+
+def test_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = csv_log(tmp_path / "log.csv")
+    assert main(["spikes", "replay", str(log), "--picture", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "1 alarm that would call for the policy" in printed
+    assert (tmp_path / "out" / "spikes-log-cusum.svg").exists()
+
+
+def test_prints_json_and_draws_nothing_where_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = csv_log(tmp_path / "log.csv")
+    assert main(["spikes", "replay", str(log), str(log), "--rule", "zscore", "--json", "--no-picture"]) == 0
+    one, two = json.loads(capsys.readouterr().out)
+    assert one == two
+    assert (one["rule"], one["observations"], one["has_grad_norm"], one["picture"]) == ("zscore", 400, True, None)
+    assert not list(tmp_path.glob("*.svg"))
+
+
+@pytest.mark.parametrize("content", ["", "step,loss\n", "a,b\n1,2\n", "\x00\x01", "[1, 2"])
+def test_a_file_that_is_no_log_is_a_user_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text(content)
+    assert main(["spikes", "replay", str(log), "--no-picture"]) == 2
+    assert "holds no loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["missing.csv"], "does not exist"),
+        (["."], "is no run directory"),
+        (["log.csv", "--rule", "magic"], "olmo_skip_step"),
+        (["log.csv", "--picture", "log.csv"], "give a folder"),
+        (["log.wandb"], "wandb could not read"),
+    ],
+)
+def test_mistakes_are_told_in_words(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    csv_log(tmp_path / "log.csv")
+    (tmp_path / "log.wandb").write_text("this is none")
+    assert main(["spikes", "replay", *arguments]) == 2
+    assert said in capsys.readouterr().err
