@@ -77,7 +77,11 @@ def figures(s: CarbonStatement) -> list[Figure]:
     if s.energy_kwh is not None and s.site_energy_kwh is not None:
         rows.append(_ranged("energy_kwh", s.energy_kwh, got))
         rows.append(_ranged("site_energy_kwh", s.site_energy_kwh, f"energy_kwh x PUE {s.pue:g}"))
-        rows += [Figure(f"{k}_kwh", v, "energy_kwh by the run's steps and events") for k, v in s.by_class_kwh.items()]
+        central = s.energy_kwh.central
+        relative = s.energy_kwh * (1 / central) if central else Range(0, 0, 0)
+        for kind, kwh in s.by_class_kwh.items():
+            how = "energy_kwh by the run's steps and events, low and high as its own"
+            rows.append(_ranged(f"{kind}_kwh", relative * kwh, how))
         rows += [Figure(f"source_{k}_kwh", v, f"energy_kwh that was {k}") for k, v in s.by_source_kwh.items()]
         rows += [Figure(f"{k.replace(' ', '_')}_kwh", v, "energy_kwh by device") for k, v in s.by_kind_kwh.items()]
         if s.apportioned_kwh:

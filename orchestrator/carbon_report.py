@@ -8,6 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dashboards.carbon import sentence
 from orchestrator import spec as specs
+from orchestrator.energy.carbon import BudgetVerdict, budget_verdict
 from orchestrator.energy.config import CarbonConfig
 from orchestrator.energy.report import AccountedRun, account
 from orchestrator.errors import UserError
@@ -55,3 +56,11 @@ def accounted(root: Path, overrides: Sequence[str] = ()) -> AccountedRun:
 def carbon_sentence(root: Path) -> str:
     """A run's energy and carbon in one line."""
     return sentence(account([accounted(root)], ask_slurm=False)[0])
+
+
+def budget(root: Path) -> BudgetVerdict:
+    """What a run has used so far against carbon.budget_kwh and carbon.budget_t_co2e."""
+    run = accounted(root)
+    used = account([run], ask_slurm=False)[0]
+    kwh = used.site_energy_kwh.central if used.site_energy_kwh else 0.0
+    return budget_verdict(run.carbon, kwh, used.co2e_kg.central if used.co2e_kg else None)

@@ -20,7 +20,6 @@ from orchestrator.record import read_all_steps, read_events
 from orchestrator.run_dir import RunDir
 from slurm.energy import consumed_energy_j
 
-
 _PARALLEL_FROM = 8  # machines: below that, starting processes takes longer than it saves
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import spec
+from orchestrator.carbon_report import budget
 from orchestrator.cli import main
 from orchestrator.energy.ledger import EnergyReading, Tick, encode
 from orchestrator.record import Event, JsonlWriter, StepRecord
@@ -98,6 +99,12 @@ def test_a_project_counts_a_shared_device_once(
     assert energies == pytest.approx({"a": 0.005, "b": 0.005, "c": 0.01})
     assert total["name"] == "total of 3 runs"
     assert total["figures"]["energy_kwh"]["value"] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(("budget_kwh", "action"), [(0.1, "ok"), (0.0125, "warn"), (0.01, "stop")])
+def test_a_budget_is_held_against_what_the_site_has_used(tmp_path: Path, budget_kwh: float, action: str):
+    run = write_run(tmp_path / "llama", budget_kwh=budget_kwh, on_budget="stop")  # 0.011 kWh with its PUE of 1.1
+    assert budget(run).action == action
 
 
 def test_a_node_that_left_no_line_is_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
