@@ -80,6 +80,12 @@ def test_steps_that_a_rewind_undid_are_lost_and_the_way_back_is_startup():
     assert joules(records, events, 55) == pytest.approx({"kept": 3000, "lost": 1000, "startup": 1500})
 
 
+def test_a_rewind_undoes_steps_down_to_where_it_goes():
+    records = [step(1, T0 + 10), step(2, T0 + 20), step(3, T0 + 30)]
+    events = [event("rewound", T0 + 31, 3, to_step=1)]
+    assert joules(records, events, 31) == pytest.approx({"kept": 1000, "lost": 2000, "startup": 100})
+
+
 def test_an_attempt_lives_from_its_first_to_its_last_sign():
     assert attempt_windows([step(1, T0 + 30)], [event("started", T0), event("stopped", T0 + 40)]) == {1: (T0, T0 + 40)}
 

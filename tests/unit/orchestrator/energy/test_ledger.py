@@ -136,6 +136,24 @@ def test_requeue_to_the_same_node_leaves_out_what_others_did_between():
     assert total(consumption(ticks, windows)) == pytest.approx(want, rel=0.01)
 
 
+def test_the_end_of_an_attempt_is_estimated_by_its_own_power_and_not_by_the_idle_time_after_it():
+    def idle_after(t: float) -> float:
+        return 400 * min(t - T0, 700) + 50 * max(0.0, t - T0 - 700)
+
+    ticks = [tick(T0 + 15 * i, gpu(T0 + 15 * i, idle_after)) for i in range(41)]  # the last 100 s have no line
+    ticks += [tick(T0 + 5000 + 15 * i, gpu(T0 + 5000 + 15 * i, idle_after), attempt=2) for i in range(3)]
+    found = consumption(ticks, {("r", 1): (T0, T0 + 700)})
+    assert sum(i.joules for i in found.intervals if i.end_s <= T0 + 700) == pytest.approx(400 * 700)
+
+
+def test_a_hardware_counter_is_believed_before_a_model():
+    counted = [tick(T0 + 15 * i, gpu(T0 + 15 * i), sampler="a") for i in range(41)]
+    modelled = [
+        tick(T0 + 5 * i, EnergyReading("GPU-1", 900.0 * 5 * i, "modelled"), sampler="b") for i in range(121)
+    ]  # finer, and wrong
+    assert total(consumption(counted + modelled)) == pytest.approx(true_j(T0, T0 + 600), rel=1e-6)
+
+
 def test_requeue_to_another_node_counts_both_devices():
     there = [
         replace(t, node="n2", boot="boot-n2", readings=(replace(t.readings[0], device="GPU-2"),))
