@@ -113,7 +113,7 @@ def remarks(s: CarbonStatement) -> list[str]:
     said = list(s.notes)
     if s.energy_kwh is None:
         said.insert(0, "nothing was measured: only the formula's figure stands")
-    if s.co2e_kg is None:
+    elif s.co2e_kg is None:
         said.append(f"no carbon is told: {s.intensity}")
     if s.slurm_kwh is None:
         said.append(f"no cross-check with Slurm: {s.slurm}")

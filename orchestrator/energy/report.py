@@ -257,7 +257,9 @@ def _grid(carbon: CarbonConfig, s: _Sums) -> tuple[Range | None, str, str | None
         return g, f"{g.central:.4g} g/kWh, {found.source} ({found.year})", place
     if s.outside_series_s:
         return None, f"carbon.series={carbon.series} does not cover {s.outside_series_s:.0f} device-seconds of it", None
-    g_per_kwh = s.grams_j_per_kwh / s.joules if s.joules else 0.0
+    if not s.joules:
+        return None, f"nothing was measured to weigh carbon.series={carbon.series} by", None
+    g_per_kwh = s.grams_j_per_kwh / s.joules
     said = f"{g_per_kwh:.4g} g/kWh, the mean of carbon.series={carbon.series} by this run's energy"
     return Range(g_per_kwh, g_per_kwh, g_per_kwh), said, carbon.zone
 
@@ -298,7 +300,7 @@ def _total(statements: Sequence[CarbonStatement]) -> CarbonStatement:
         pue=pue,
         co2e_kg=ranges([s.co2e_kg for s in measured]),
         intensity=said[0] if len(said) == 1 else "each run's own: " + "; ".join(said),
-        market_co2e_kg=numbers([s.market_co2e_kg for s in statements]),
+        market_co2e_kg=numbers([s.market_co2e_kg for s in measured]) if measured else None,
         embodied_co2e_kg=numbers([s.embodied_co2e_kg for s in statements]),
         gpu=" + ".join(sorted({s.gpu for s in statements})),
         gpu_watts=watt_hours / gpu_hours if gpu_hours else statements[0].gpu_watts,

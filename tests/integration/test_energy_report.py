@@ -101,6 +101,19 @@ def test_a_project_counts_a_shared_device_once(
     assert total["figures"]["energy_kwh"]["value"] == pytest.approx(0.02)
 
 
+def test_a_run_without_a_ledger_has_the_formula_alone_and_leaves_the_total_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_run(tmp_path / "a")
+    (next((write_run(tmp_path / "b") / "energy").iterdir())).unlink()
+    _, b, total = json.loads(report(capsys, tmp_path, "carbon.zone=FRA", "carbon.market_g_per_kwh=10", "--json"))
+    assert "energy_kwh" not in b["figures"]
+    assert b["figures"]["formula_co2e_kg"]["value"] > 0
+    assert "nothing was measured" in b["remarks"][0]
+    assert total["figures"]["market_co2e_kg"]["value"] == pytest.approx(0.01 * 1.1 * 0.01)
+    assert any("leaves out b" in remark for remark in total["remarks"])
+
+
 @pytest.mark.parametrize(("budget_kwh", "action"), [(0.1, "ok"), (0.0125, "warn"), (0.01, "stop")])
 def test_a_budget_is_held_against_what_the_site_has_used(tmp_path: Path, budget_kwh: float, action: str):
     run = write_run(tmp_path / "llama", budget_kwh=budget_kwh, on_budget="stop")  # 0.011 kWh with its PUE of 1.1
