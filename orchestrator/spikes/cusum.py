@@ -29,8 +29,8 @@ from orchestrator.spikes.finding import Finding, Kind, nonfinite, ok
 class Params:
     """Set once for all runs; docs/spikes.md says on what curves and how far each may move."""
 
-    threshold: float = 7.0  # of the CUSUM; also the cap of one observation's score
-    drift: float = 1.1  # scores below it count as calm
+    threshold: float = 6.5  # of the CUSUM; also the cap of one observation's score
+    drift: float = 1.15  # scores below it count as calm
     grad_threshold: float = 8.0  # of the gradient norm's CUSUM, where there is one
     slow_threshold: float = 6.5
     rise_threshold: float = 5.0  # scales by which the trend may rise above its lowest point
@@ -52,6 +52,7 @@ NOT_TAIL = 1.5  # z below which the previous observation counts as isolated
 GRAD_CAP, GRAD_DRIFT, GRAD_SLOW = 4.0, 0.5, 1.0
 GRAD_RISE = 1.0  # scales by which the gradient norm's own trend must have risen with the loss's
 UNAIDED = 3.0  # times the threshold, from which a rise is one whatever the gradient says
+USUAL = 1.0  # of its own scale: below it a slow mean or a rise has not begun
 FORGET = 1000.0  # observations in which the lowest point comes up by one scale
 
 
@@ -75,7 +76,7 @@ class Cusum:
         self.slow = 0.0
         self.slow_scale = self._slow_floor
         self.lowest = self.grad_lowest = 0.0
-        self.onset = self.slow_onset = self.lowest_step = 0
+        self.onset = self.slow_onset = self.rise_onset = 0
         self.grad_level = 0.0  # of the logarithm
         self.grad_scale = 0.3
         self.grad_tail = TAIL
@@ -120,7 +121,8 @@ class Cusum:
             self.level, self.scale, self.age = loss, 0.02 * abs(loss) + 1e-9, 1
             if log_grad is not None:
                 self.grad_level = log_grad
-            self.last_step, self.last_loss, self.onset, self.slow_onset = step, loss, step, step
+            self.last_step, self.last_loss = step, loss
+            self.onset = self.slow_onset = self.rise_onset = step
             return ok(step)
         if self.declared_steps and any(self.last_step < s <= step for s in self.declared_steps):
             self._begin_anew(step)
@@ -177,16 +179,15 @@ class Cusum:
         # 5: slow divergence
         a = 1 / p.slow_window
         self.slow += a * (min(score, CLIP) - self.slow)
-        if self.slow <= 0:
-            self.slow_onset = step
         slow_z = self.slow / self.slow_scale
+        if slow_z < USUAL:
+            self.slow_onset = step
         self.slow_scale = max(self._slow_floor, self.slow_scale * (1 + (a if abs(slow_z) > MEDIAN else -a) / 6))
 
-        if age < 3 * p.window or self.level < self.lowest:
-            self.lowest, self.lowest_step = self.level, step
-        else:
-            self.lowest += self.scale / FORGET
+        self.lowest = self.level if age < 3 * p.window else min(self.level, self.lowest + self.scale / FORGET)
         rise = (self.level - self.lowest) / self.scale
+        if rise < USUAL:
+            self.rise_onset = step
 
         # 6: what the gradient says
         agrees = slow_agrees = rise_agrees = True
@@ -202,10 +203,8 @@ class Cusum:
             self.grad_slow_scale = max(self._slow_floor, self.grad_slow_scale * (1 + notch))
             agrees = self.grad_cusum > p.grad_threshold
             slow_agrees = agrees or grad_slow_z > GRAD_SLOW
-            if age < 3 * p.window or self.grad_level < self.grad_lowest:
-                self.grad_lowest = self.grad_level
-            else:
-                self.grad_lowest += self.grad_scale / FORGET
+            lifted = self.grad_lowest + self.grad_scale / FORGET
+            self.grad_lowest = self.grad_level if age < 3 * p.window else min(self.grad_level, lifted)
             rise_agrees = self.grad_level - self.grad_lowest > GRAD_RISE * self.grad_scale
 
         over = cusum > p.threshold
@@ -228,15 +227,15 @@ class Cusum:
                 f"loss {loss:.4g} has risen above its trend since step {self.slow_onset}, {slow_z:.1f} times its usual wandering",
             )
         if rise > p.rise_threshold * (1 if rise_agrees else UNAIDED):
-            since = self.lowest_step
-            self.lowest, self.lowest_step = self.level, step
-            self.grad_lowest = self.grad_level
+            since = self.rise_onset
+            self.lowest, self.grad_lowest = self.level, self.grad_level
             return Finding(
                 Kind.SLOW_DIVERGENCE,
                 step,
                 since,
                 rise / p.rise_threshold,
-                f"the trend of the loss has risen to {self.level:.4g}, {rise:.1f} scales above its lowest point at step {since}",
+                f"the trend of the loss has risen to {self.level:.4g}, {rise:.1f} scales above its lowest point, "
+                f"mostly since step {since}",
             )
         if over:
             return Finding(
@@ -259,7 +258,7 @@ class Cusum:
     def _begin_anew(self, step: int) -> None:
         self.age = 0
         self.cusum = self.pending = self.grad_cusum = self.slow = self.grad_slow = 0.0
-        self.onset = self.slow_onset = step
+        self.onset = self.slow_onset = self.rise_onset = step
 
     def state(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("params", "declared_steps")}

@@ -55,3 +55,8 @@ def ok(step: int) -> Finding:
 def nonfinite(step: int, loss: float, grad_norm: float | None) -> Finding:
     shown = f"loss {loss}" + ("" if grad_norm is None else f", gradient norm {grad_norm}")
     return Finding(Kind.NONFINITE, step, step, float("inf"), f"{shown}: not finite")
+
+
+def elevated(rule: Rule) -> bool:
+    """Whether a rule still sees the loss above its trend after an alarm; rules that keep no trend alarm anew instead."""
+    return bool(getattr(rule, "elevated", False))

@@ -1,8 +1,11 @@
 """The policy, by example and by property: over any sequence of findings, what may never happen."""
 
+import functools
 import json
 import math
+import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +14,8 @@ from hypothesis import strategies as st
 from model.data.mixture import Skip, data_batch_index
 from orchestrator.spikes.audit import Recent, audit, restored_policy
 from orchestrator.spikes.config import SpikesConfig
-from orchestrator.spikes.finding import Finding, Kind, ok
+from orchestrator.spikes.cusum import Cusum
+from orchestrator.spikes.finding import Finding, Kind, elevated, ok
 from orchestrator.spikes.policy import (
     Checkpoint,
     PolicyState,
@@ -278,3 +282,60 @@ def test_killed_between_verdict_and_act_it_comes_out_the_same() -> None:
 
 def test_a_run_without_audits_starts_with_a_fresh_policy() -> None:
     assert restored_policy([]) == PolicyState()
+
+
+def lead(
+    config: SpikesConfig, tail_steps: float, poisoned: range, steps: int = 1500
+) -> tuple[list[Verdict], int, float]:
+    """A model whose loss each poisoned batch raises by 0.3, healing over `tail_steps`; our rule and the policy lead it.
+
+    Returns the verdicts that changed the run, the steps computed in all, and the damage that is left.
+    """
+    rule, state, damage, step, computed = Cusum(), PolicyState(), 0.0, 0, 0
+    saved: dict[int, tuple[Checkpoint, dict[str, Any], float]] = {}
+    changed = []
+    while step < steps and not state.stopped:
+        if step % 100 == 0:
+            saved[step] = (Checkpoint(step, state.rewinds), rule.state(), damage)
+        batch = batch_of(state, step)
+        step, computed = step + 1, computed + 1
+        noise = random.Random(batch)
+        damage = damage * (1 - 1 / tail_steps) + 0.3 * (batch in poisoned)
+        loss = 2 + 8 * (1 + step / 30) ** -0.4 + noise.gauss(0, 0.03) + damage
+        finding = rule.judge(step, loss, math.exp(noise.gauss(0, 0.1) + min(damage, 2)))
+        before = state
+        verdict, state = decide(
+            finding,
+            elevated(rule),
+            [c for c, _, _ in saved.values()],
+            functools.partial(batch_of, before),
+            before,
+            config,
+        )
+        if verdict.act not in ("accept", "watch"):
+            changed.append(verdict)
+        if verdict.to_step is not None:
+            _, learnt, damage = saved[verdict.to_step]
+            rule.restore(learnt)
+            step = verdict.to_step
+    return changed, computed, damage
+
+
+@pytest.mark.parametrize("tail_steps", [30, 400])
+@pytest.mark.parametrize("patience", [0.0, 1.0])
+def test_a_run_with_poisoned_batches_rewinds_skips_them_and_ends_unhurt(patience: float, tail_steps: float) -> None:
+    poisoned = range(700, 712)
+    changed, computed, damage = lead(SpikesConfig(name="test", patience=patience), tail_steps, poisoned)
+    (only,) = changed
+    assert (only.act, only.to_step) == ("rewind", 600)
+    assert only.skip_from is not None
+    assert only.skip_to is not None
+    assert only.skip_from <= poisoned.start
+    assert poisoned.stop <= only.skip_to
+    assert damage == 0
+    assert computed <= 1500 + 210
+
+
+def test_a_spike_that_heals_at_once_is_left_to_heal() -> None:
+    changed, computed, _ = lead(SpikesConfig(name="test"), tail_steps=5, poisoned=range(700, 703))
+    assert (changed, computed) == ([], 1500)
