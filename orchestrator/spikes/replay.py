@@ -59,6 +59,15 @@ class Replay:
     observations: list[Observation]
     alarms: list[Alarm]  # by step
 
+    @property
+    def seems_smoothed(self) -> bool:
+        """Whether successive losses are averages over the same steps: of independent ones two in three turns of the curve
+        go back, of running means only one in two. Every rule expects single losses."""
+        losses = [o.loss for o in self.observations if math.isfinite(o.loss)]
+        turns = [(c - b) * (b - a) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+        moved = [t for t in turns if t]
+        return len(moved) > 200 and sum(t < 0 for t in moved) < 0.53 * len(moved)
+
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
         steps = [o.step for o in self.observations]
@@ -68,6 +77,7 @@ class Replay:
             "observations": len(steps),
             "first_step": steps[0],
             "last_step": steps[-1],
+            "seems_smoothed": self.seems_smoothed,
             "has_grad_norm": any(o.grad_norm is not None for o in self.observations),
             "alarms": [
                 {
@@ -255,6 +265,10 @@ def table(result: Replay, show_outliers: int = 10) -> str:
         f"{sum(a.kind is Kind.OUTLIER for a in noted)} one-batch outliers, {sum(a.kind is Kind.SHIFT for a in noted)} new levels",
     ]
     shown = sorted(stops + noted[:show_outliers], key=lambda a: a.first_step)
+    if result.seems_smoothed:
+        lines.append(
+            "warning: these losses look like running means; rules expect single ones, so do not trust the alarms"
+        )
     if shown:
         lines.append(f"{'step':>9}  {'onset':>9}  {'lasted':>7}  {'kind':<16}  why")
     for a in shown:
@@ -314,7 +328,7 @@ def picture(result: Replay, width: int = 1200, height: int = 420) -> str:
         parts.append(
             f'<line x1="{left}" x2="{width - right}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#e6e6e6"/>'
             f'<text x="{left - 8}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.3g}</text>'
-            f'<text x="{x(step):.1f}" y="{height - 14}" text-anchor="middle">{step:,.0f}</text>'
+            f'<text x="{x(step):.1f}" y="{height - 14}" text-anchor="{("start", "middle", "middle", "middle", "end")[i]}">{step:,.0f}</text>'
         )
     parts.append(f'<text x="{width - right}" y="{height - 1}" text-anchor="end" fill="#777">step</text>')
     parts.append(f'<text x="{left - 8}" y="{top - 10}" text-anchor="end" fill="#777">loss</text>')

@@ -163,7 +163,7 @@ class SimulatedRun:
     verdicts: list[tuple[Finding, Verdict]] = field(default_factory=list)
 
     def train(self, script: list[tuple[Kind, int, bool]]) -> None:
-        for kind, back, elevated in script:
+        for kind, back, still_up in script:
             if self.state.stopped:
                 return
             if self.step % self.save_every == 0:
@@ -172,17 +172,17 @@ class SimulatedRun:
             self.step += 1
             finding = Finding(kind, self.step, max(1, self.step - back), 1.0, "scripted")
             before = self.state
-            again = self.decide(finding, elevated)
-            verdict, self.state = self.decide(finding, elevated)
+            again = self.decide(finding, still_up)
+            verdict, self.state = self.decide(finding, still_up)
             assert again == (verdict, self.state), "not deterministic"
             self.check(finding, verdict, before)
             self.verdicts.append((finding, verdict))
             if verdict.to_step is not None:
                 self.step = verdict.to_step
 
-    def decide(self, finding: Finding, elevated: bool) -> tuple[Verdict, PolicyState]:
+    def decide(self, finding: Finding, still_up: bool) -> tuple[Verdict, PolicyState]:
         state = self.state
-        return decide(finding, elevated, self.checkpoints, lambda s: batch_of(state, s), state, self.config)
+        return decide(finding, still_up, self.checkpoints, lambda s: batch_of(state, s), state, self.config)
 
     def check(self, finding: Finding, verdict: Verdict, before: PolicyState) -> None:
         after, config = self.state, self.config

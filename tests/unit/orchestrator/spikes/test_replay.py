@@ -107,6 +107,15 @@ def test_a_loss_that_is_not_finite_is_read_and_drawn(tmp_path: Path) -> None:
     ET.fromstring(replay.picture(replay.run_over(log, "cusum")))
 
 
+def test_warns_of_a_log_of_running_means(tmp_path: Path) -> None:
+    losses = [x for _, x, _ in rows()]
+    means = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+    log = tmp_path / "log.csv"
+    log.write_text("step,loss\n" + "".join(f"{i},{x}\n" for i, x in enumerate(means)))
+    assert "running means" in replay.table(replay.run_over(log, "cusum"))
+    assert "running means" not in replay.table(replay.run_over(csv_log(tmp_path / "plain.csv"), "cusum"))
+
+
 def test_the_picture_stands_by_itself_and_marks_the_spike(tmp_path: Path) -> None:
     log = csv_log(tmp_path / "a<b&.csv")
     drawn = replay.picture(replay.run_over(log, "cusum"))

@@ -101,3 +101,7 @@ def test_wrong_parameters_are_told_with_the_right_ones() -> None:
     assert "spikes.gate_tails=0.5" in told
     spikes.rule = "magic"
     assert any("olmo_skip_step" in p for p in spikes.problems())
+
+
+def test_watching_only_is_one_override() -> None:
+    assert not compose(["experiment=first_run", "spikes=watch"]).spikes.act
