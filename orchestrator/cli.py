@@ -98,10 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument(
         "--declared",
         type=int,
-        nargs="*",
+        action="append",
         default=[],
         metavar="STEP",
-        help="steps from which the loss is expected to change (learning-rate restart, new mix)",
+        help="a step from which the loss is expected to change (learning-rate restart, new mix); may be repeated",
     )
     replay.add_argument("--undone", action="store_true", help="of a run directory, also the steps that were undone")
     replay.add_argument("--picture", type=Path, metavar="DIR", help="write the pictures here (default: this folder)")

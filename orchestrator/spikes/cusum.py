@@ -66,7 +66,7 @@ class Cusum:
         self.age = 0  # observations since the start or the last declared change
         self.last_step = -1
         self.last_loss = 0.0
-        self.quantum = math.inf  # the smallest change seen: logs are rounded, and a loss may repeat
+        self.quantum = 1e300  # the smallest change seen: logs are rounded, and a loss may repeat
         self.level = self.slope = 0.0
         self.scale = 1e-9
         self.tail = TAIL

@@ -325,10 +325,11 @@ def picture(result: Replay, width: int = 1200, height: int = 420) -> str:
     parts = [head]
     for i in range(5):
         loss, step = low + (high - low) * i / 4, first + (last - first) * i / 4
+        anchor = "start" if i == 0 else "end" if i == 4 else "middle"
         parts.append(
             f'<line x1="{left}" x2="{width - right}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#e6e6e6"/>'
             f'<text x="{left - 8}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.3g}</text>'
-            f'<text x="{x(step):.1f}" y="{height - 14}" text-anchor="{("start", "middle", "middle", "middle", "end")[i]}">{step:,.0f}</text>'
+            f'<text x="{x(step):.1f}" y="{height - 14}" text-anchor="{anchor}">{step:,.0f}</text>'
         )
     parts.append(f'<text x="{width - right}" y="{height - 1}" text-anchor="end" fill="#777">step</text>')
     parts.append(f'<text x="{left - 8}" y="{top - 10}" text-anchor="end" fill="#777">loss</text>')

@@ -172,7 +172,7 @@ def test_restored_from_json_it_gives_the_same_verdicts(
     for step in range(at):
         one.judge(step, *observations[step])
     other = Cusum(declared_steps=declared)
-    other.restore(json.loads(json.dumps(one.state())))
+    other.restore(json.loads(json.dumps(one.state(), allow_nan=False)))
     for step in range(at, len(observations)):
         assert repr(one.judge(step, *observations[step])) == repr(other.judge(step, *observations[step]))
     assert one.state() == other.state()

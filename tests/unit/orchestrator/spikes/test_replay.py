@@ -127,7 +127,7 @@ def test_the_picture_stands_by_itself_and_marks_the_spike(tmp_path: Path) -> Non
 
 def test_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = csv_log(tmp_path / "log.csv")
-    assert main(["spikes", "replay", str(log), "--picture", str(tmp_path / "out")]) == 0
+    assert main(["spikes", "replay", "--declared", "200", str(log), "--picture", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "1 alarm that would call for the policy" in printed
     assert (tmp_path / "out" / "spikes-log-cusum.svg").exists()
