@@ -12,16 +12,20 @@ A load takes the next epoch of the lease, then tries the checkpoints of the run'
 manifest and index, then every file's size and checksum, shared out over the ranks. All ranks take the same one.
 """
 
+import collections
+import contextlib
 import json
 import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -114,6 +118,7 @@ class CheckpointStore:
         self._header = b""
         self._data = torch.empty(0, dtype=torch.uint8)
         self._views: list[Tensor] = []
+        self._copiers: ThreadPoolExecutor | None = None
 
     # ---------------------------------------------------------------------------------------------------- reading
 
@@ -251,13 +256,7 @@ class CheckpointStore:
             return
         self._failed_at = None
         values = {i.index.fqn: planner.lookup_object(i.index) for i in self._value_items}
-        with torch.no_grad():
-            for slot, view in zip(self._slots, self._views, strict=True):
-                part = planner.resolve_data(slot.item)
-                assert isinstance(part, Tensor)
-                view.copy_(part, non_blocking=True)
-        if self._data.is_pinned():
-            torch.cuda.synchronize()
+        self._stage(planner)
         name = self._new_name(step)
         job = _Job(name, extra_json, vetted, values, self._lease, time.perf_counter() - started, started)
         self._writing = job
@@ -360,10 +359,45 @@ class CheckpointStore:
         self._data = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)  # zeros: touched once, here
         self._data.fill_(1)
         self._views = [slot.view(self._data) for slot in self._slots]
+        if self._copiers is None and torch.get_num_threads() > 1 and not on_gpu:
+            self._copiers = ThreadPoolExecutor(torch.get_num_threads() - 1, "checkpoint-copier")
         self._signature = store_format.signature(planner.state_dict)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
+
+    @torch.no_grad()
+    def _stage(self, planner: DefaultSavePlanner) -> None:
+        """Copies this rank's parts into the buffer. Training waits for this.
+
+        On a CPU, threads share out whole tensors: copy_ splits each tensor over its threads and waits for all of them
+        each time, which costs a third more over hundreds of tensors.
+        """
+        pieces: collections.deque[tuple[Any, Any]] = collections.deque()
+        for slot, view in zip(self._slots, self._views, strict=True):
+            part = planner.resolve_data(slot.item)
+            assert isinstance(part, Tensor)
+            if self._copiers and part.is_contiguous() and part.device.type == "cpu":
+                target, source = (t.detach().reshape(-1).view(torch.uint8).numpy() for t in (view, part))
+                pieces.extend(
+                    (target[at : at + BLOCK_BYTES], source[at : at + BLOCK_BYTES])
+                    for at in range(0, len(target), BLOCK_BYTES)
+                )
+            else:
+                view.copy_(part, non_blocking=True)
+
+        def copy_some() -> None:
+            with contextlib.suppress(IndexError):  # none is left
+                while True:
+                    np.copyto(*pieces.popleft())
+
+        if self._copiers:
+            helpers = [self._copiers.submit(copy_some) for _ in range(torch.get_num_threads() - 1)]
+            copy_some()
+            for helper in helpers:
+                helper.result()
+        if self._data.is_pinned():
+            torch.cuda.synchronize()
 
     def _new_name(self, step: int) -> CheckpointInfo:
         """A name never used before in this epoch, the same on all ranks."""

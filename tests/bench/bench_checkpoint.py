@@ -17,7 +17,7 @@ from model.checkpoint.store import CheckpointStore
 SHARD_BYTES = int(os.environ.get("CHECKPOINT_BENCH_MB", "1024")) << 20
 
 
-def a_state(layers: int = 32) -> dict[str, dict[str, torch.Tensor]]:
+def a_state(layers: int = 16) -> dict[str, dict[str, torch.Tensor]]:
     """A shard as AdamW leaves it: for each of 9 tensors a layer, weight and two moments."""
     each = SHARD_BYTES // 4 // (layers * 9 * 3)
     names = [f"layers.{layer}.{tensor}" for layer in range(layers) for tensor in range(9)]
@@ -32,7 +32,7 @@ def test_stall_of_a_save(tmp_path: Path) -> None:
     store.load_latest(state)  # makes the buffers
 
     copies, stalls, wholes = [], [], []
-    for step in range(1, 8):  # taken in turn, so that a neighbour's noise meets both
+    for step in range(1, 12):  # taken in turn, so that a neighbour's noise meets both
         started = time.perf_counter()
         target.copy_(source)
         copies.append(time.perf_counter() - started)
