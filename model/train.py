@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.checkpoint.policy import CheckpointConfig
+from model.checkpoint.policy import CheckpointConfig, should_save
 from model.checkpoint.store import CheckpointStore
 from model.config import ModelConfig, OptimConfig
 from model.cost import GpuConfig, flops_per_token
@@ -77,12 +77,13 @@ class Trainer:
             started = time.perf_counter()
             rows_BT = self.next_batch()
             data_s = time.perf_counter() - started
-            loss, grad_norm, stopping = self.forward_backward(rows_BT)
+            loss, grad_norm, stopping, save_again = self.forward_backward(rows_BT)
             self.update(loss, grad_norm)
             self.record(loss, grad_norm, time.perf_counter() - started, data_s)
             if self.step % self.config.eval_every_steps == 0 or self.step == self.config.steps:
                 self.evaluate()
-            if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.steps or stopping:
+            due = should_save(self.step, self.config.checkpoint, self.config.steps)
+            if due or stopping or save_again:
                 self.save(wait=stopping or self.step == self.config.steps)
         self.store.finish()
         return self.step >= self.config.steps
@@ -91,11 +92,11 @@ class Trainer:
         """This rank's rows of the step to come: [rows, sequence_length + 1] token ids."""
         return torch.from_numpy(self.loader.batch(self.step, self.ranks.dp_rank, self.ranks.dp)).long()
 
-    def forward_backward(self, rows_BT: Tensor) -> tuple[float, Tensor, bool]:
+    def forward_backward(self, rows_BT: Tensor) -> tuple[float, Tensor, bool, bool]:
         """Accumulates the gradient of the global batch's mean loss.
 
-        Returns that loss (nats per token), the global gradient norm, and whether any rank was asked to stop: all the same
-        on every rank.
+        Returns that loss (nats per token), the global gradient norm, whether any rank was asked to stop, and whether any
+        rank's failed save is to be tried again: all the same on every rank.
         """
         self.optimizer.zero_grad()
         size = self.config.layout.microbatch_sequences
@@ -108,11 +109,12 @@ class Trainer:
             (loss * (self.ranks.dp / self.batch_tokens)).backward()
             loss_sum += loss.detach()
         grad_norm = global_grad_norm(self.model.parameters())
-        agreed = torch.stack([loss_sum, torch.tensor(float(self.stop_requested()), device=loss_sum.device)])
+        said = torch.tensor([self.stop_requested(), self.store.retry_due], dtype=loss_sum.dtype, device=loss_sum.device)
+        agreed = torch.cat([loss_sum[None], said])
         if self.ranks.dp > 1:
             dist.all_reduce(agreed)
-        total, stops = agreed.tolist()
-        return total / self.batch_tokens, grad_norm, stops > 0
+        total, stops, retries = agreed.tolist()
+        return total / self.batch_tokens, grad_norm, stops > 0, retries > 0
 
     def update(self, loss: float, grad_norm: Tensor) -> None:
         """One optimizer step; a batch whose loss or gradient is not finite never reaches the weights."""

@@ -57,6 +57,11 @@ def launch(spec: RunSpec, overrides: Sequence[str]) -> int:
         console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
         _print_summary(console, spec, run_dir)
         return 0
+    if run_dir.is_at_work():
+        raise UserError(
+            f"{_short(run_dir.root)} is at work already: see it with `arriero watch {_short(run_dir.root)}`, or launch "
+            f"another run with name=..."
+        )
     write_run_dir(spec, run_dir, overrides)
     prepared = _prepare(console, spec)
     run_dir.data.write_text(f"{prepared.root.resolve()}\n")
@@ -67,6 +72,8 @@ def launch(spec: RunSpec, overrides: Sequence[str]) -> int:
     _follow(console, spec, run_dir, job, before)
     if failure := job.failure():
         raise Failure(f"the run failed; its logs are in {_short(run_dir.logs)}\n{failure}")
+    if (last := _newest(read_events(run_dir.events)[before:], "failed")) is not None:
+        raise Failure(f"the run failed: {last.detail}")
     if not is_finished(run_dir):
         kept = kept_steps(read_all_steps(run_dir.records))
         step = kept[-1].step if kept else 0

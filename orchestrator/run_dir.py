@@ -1,5 +1,8 @@
 """Where everything of a run lies on disk. The format is described in docs/run_directory.md; keep both the same."""
 
+import contextlib
+import fcntl
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,3 +89,25 @@ class RunDir:
 
     def attempt_file(self, folder: Path, attempt: int) -> Path:
         return folder / f"attempt-{attempt:04d}.jsonl"
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Rank 0 trains inside. The system ends this with the process, however it ends.
+
+        A courtesy to whoever launches twice on one machine; between machines the checkpoints' lease keeps one writer.
+        """
+        with (self.root / ".at_work").open("a") as file:
+            with contextlib.suppress(OSError):  # another is at work, or no locks on this file system: the lease decides
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+
+    def is_at_work(self) -> bool:
+        """Whether a rank 0 of this run trains on this machine now."""
+        try:
+            with (self.root / ".at_work").open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no run directory yet, or no locks here
+            return False
+        return False

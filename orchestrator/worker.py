@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.checkpoint.lease import Fenced
 from model.checkpoint.store import CheckpointError, CheckpointStore
 from model.data.loader import Loader
 from model.data.prepare import PreparedData
@@ -47,7 +48,7 @@ class RunRecorder:
 
 
 def main(run_dir: str) -> str:
-    """Trains until the run is finished or asked to stop: returns "finished" or "stopped"."""
+    """Trains until the run is finished, asked to stop, or must not go on: returns "finished", "stopped" or "failed"."""
     stop = StopFlag()
     directory = RunDir(Path(run_dir))
     spec = specs.load(directory.spec)
@@ -70,8 +71,13 @@ def main(run_dir: str) -> str:
         with (
             sampling(directory.root, recorder.attempt, spec.carbon.sample_s) if measured else nullcontext(),
             mirroring(directory.root) if mirrored else nullcontext(),
+            directory.at_work() if ranks.is_main else nullcontext(),
         ):
-            return _train(spec, directory, ranks, dtype, recorder, stop)
+            try:
+                return _train(spec, directory, ranks, dtype, recorder, stop)
+            except (CheckpointError, Fenced) as error:  # told to a person as it is; every rank has it
+                recorder.event("failed", 0, str(error))
+                return "failed"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

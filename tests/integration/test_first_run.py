@@ -173,3 +173,33 @@ def test_a_rank_that_fails_is_told_with_its_error_and_exit_code_1(workplace: Pat
     assert failed.returncode == 1
     assert "gpu=h100 needs CUDA, and torch finds none on this node: choose gpu=cpu" in failed.stderr
     assert "logs" in failed.stderr
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_are_told_as_they_are_and_nothing_is_overwritten(workplace: Path) -> None:
+    assert launch(workplace, "damaged", "steps=10").returncode == 0
+    there = run_dir(workplace, "damaged")
+    for shard in there.checkpoints.glob("step-*/rank-*"):
+        shard.write_bytes(shard.read_bytes()[:-64])
+    for event in there.events.iterdir():  # as if it had been killed just before its end
+        event.unlink()
+    failed = launch(workplace, "damaged", "steps=10")
+    assert failed.returncode == 1
+    assert "none of the 1 checkpoints" in failed.stderr
+    assert "Traceback" not in failed.stdout + failed.stderr
+    assert list(there.checkpoints.glob("step-000000010-*"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_at_work_is_not_started_a_second_time(workplace: Path) -> None:
+    with subprocess.Popen(
+        words("twice", "steps=2000"), cwd=workplace, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout
+        next(line for line in first.stdout if "step     10  held-out" in line)
+        second = launch(workplace, "twice", "steps=2000")
+        first.send_signal(signal.SIGTERM)
+        rest = first.stdout.read()
+    assert second.returncode == 2
+    assert "is at work already" in second.stderr
+    assert "Stopped and saved" in rest
