@@ -3,19 +3,20 @@
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from model.checkpoint.policy import CheckpointConfig, should_save
-from model.checkpoint.store import CheckpointStore
+from model.checkpoint.store import CheckpointError, CheckpointStore
 from model.config import ModelConfig, OptimConfig
 from model.cost import GpuConfig, flops_per_token
 from model.data.loader import Loader
+from model.data.mixture import Skip
 from model.evaluate import held_out_losses
 from model.layout import Layout
 from model.optim import clip_gradients, global_grad_norm, learning_rate, make_optimizer, set_learning_rate
@@ -23,12 +24,35 @@ from model.parallel import Ranks, average_gradients_only_on_last, build_model
 from model.transformer import Transformer
 
 
+class SpikeWatch(Protocol):
+    """What watches the loss: told of every step, it says what becomes of it (orchestrator/spikes/watch.py). Every rank has one
+    and is told the same, so that all do the same."""
+
+    rewind_to: int | None
+
+    @property
+    def skips(self) -> Sequence[tuple[int, int]]: ...
+    @property
+    def lr_scale(self) -> float: ...
+    @property
+    def usual_grad_norm(self) -> float | None: ...
+    def vetted_step(self, step: int) -> int | None: ...
+    def withhold(self, step: int, loss: float, grad_norm: float) -> bool: ...
+    def recomputed(
+        self, step: int, loss: float, grad_norm: float, by_rank: Sequence[tuple[float, float, str]]
+    ) -> str: ...
+    def judged(self, step: int, loss: float, grad_norm: float) -> str: ...
+    def rewound(self, step: int) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, saved: dict[str, Any] | None) -> None: ...
+
+
 class Recorder(Protocol):
     """Where rank 0's records go; on other ranks it drops them."""
 
     def step(self, **fields: Any) -> None: ...
 
-    def event(self, kind: str, step: int, detail: str, **data: Any) -> None: ...
+    def event(self, kind: str, step: int, detail: str, /, **data: Any) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +82,22 @@ class Trainer:
         store: CheckpointStore,
         recorder: Recorder,
         stop_requested: Callable[[], bool],
+        watch: SpikeWatch,
+        node: str,
     ) -> None:
         self.config, self.ranks, self.loader, self.store = config, ranks, loader, store
-        self.recorder, self.stop_requested = recorder, stop_requested
+        self.recorder, self.stop_requested, self.watch, self.node = recorder, stop_requested, watch, node
         self.model: Transformer = build_model(config.model, config.layout, ranks, config.compute_dtype, config.seed)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.step = 0  # optimizer steps done
+        self.local_loss = torch.zeros(())  # this rank's sum over the tokens of its rows, of the step computed last
 
     @property
     def batch_tokens(self) -> int:
         return self.config.optim.batch_sequences * self.config.model.sequence_length
 
-    def run(self) -> bool:
-        """Trains from the newest checkpoint to the last step. True when finished, False when asked to stop before."""
+    def run(self) -> Literal["finished", "stopped", "failed"]:
+        """Trains from the newest checkpoint to the last step. "stopped" when asked to, "failed" when a person must look."""
         self.resume()
         stopping = False
         while self.step < self.config.steps and not stopping:
@@ -78,15 +105,33 @@ class Trainer:
             rows_BT = self.next_batch()
             data_s = time.perf_counter() - started
             loss, grad_norm, stopping, save_again = self.forward_backward(rows_BT)
-            self.update(loss, grad_norm)
-            self.record(loss, grad_norm, time.perf_counter() - started, data_s)
+            act, max_norm = "apply", self.config.optim.grad_clip
+            if self.watch.withhold(self.step + 1, loss, grad_norm.item()):
+                act, loss, grad_norm = self.compute_again(rows_BT)
+                if act == "clip":
+                    act, max_norm = "apply", min(max_norm, self.watch.usual_grad_norm or math.inf)
+            if act == "apply" or act == "leave_out":
+                self.update(grad_norm, max_norm, act == "apply")
+                self.record(loss, grad_norm, time.perf_counter() - started, data_s)
+            if act == "apply":
+                act = self.watch.judged(self.step, loss, grad_norm.item())
+            if act == "stop":
+                self.store.finish()
+                return "failed"
+            if act == "rewind":
+                self.rewind()
+                continue
+            if act == "skip":  # the same step, with the next batch
+                self.take_skips()
+                continue
             if self.step % self.config.eval_every_steps == 0 or self.step == self.config.steps:
                 self.evaluate()
             due = should_save(self.step, self.config.checkpoint, self.config.steps)
             if due or stopping or save_again:
                 self.save(wait=stopping or self.step == self.config.steps)
+            self.vet()
         self.store.finish()
-        return self.step >= self.config.steps
+        return "finished" if self.step >= self.config.steps else "stopped"
 
     def next_batch(self) -> Tensor:
         """This rank's rows of the step to come: [rows, sequence_length + 1] token ids."""
@@ -108,6 +153,7 @@ class Trainer:
             # FSDP2 averages gradients over the data-parallel ranks: times dp makes it the sum over the global batch.
             (loss * (self.ranks.dp / self.batch_tokens)).backward()
             loss_sum += loss.detach()
+        self.local_loss = loss_sum.clone()
         grad_norm = global_grad_norm(self.model.parameters())
         said = torch.tensor([self.stop_requested(), self.store.retry_due], dtype=loss_sum.dtype, device=loss_sum.device)
         agreed = torch.cat([loss_sum[None], said])
@@ -116,18 +162,30 @@ class Trainer:
         total, stops, retries = agreed.tolist()
         return total / self.batch_tokens, grad_norm, stops > 0, retries > 0
 
-    def update(self, loss: float, grad_norm: Tensor) -> None:
-        """One optimizer step; a batch whose loss or gradient is not finite never reaches the weights."""
-        step = self.step + 1
-        if math.isfinite(loss) and math.isfinite(grad_norm.item()):
-            clip_gradients(self.model.parameters(), self.config.optim.grad_clip, grad_norm)
-            set_learning_rate(self.optimizer, learning_rate(step, self.config.steps, self.config.optim))
+    def compute_again(self, rows_BT: Tensor) -> tuple[str, float, Tensor]:
+        """A withheld step once more, from the same weights and rows: bad data gives the same again, a hardware fault does not.
+
+        Returns what becomes of it, and the second loss and gradient norm.
+        """
+        first = self.local_loss.item()
+        loss, grad_norm, _, _ = self.forward_backward(rows_BT)
+        by_rank: list[tuple[float, float, str]] = [(first, self.local_loss.item(), self.node)]
+        if self.ranks.dp > 1:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, by_rank[0])
+            by_rank = gathered
+        return self.watch.recomputed(self.step + 1, loss, grad_norm.item(), by_rank), loss, grad_norm
+
+    def update(self, grad_norm: Tensor, max_norm: float, apply: bool) -> None:
+        """One optimizer step. What is not finite never gets here with `apply`."""
+        self.step += 1
+        if apply:
+            clip_gradients(self.model.parameters(), max_norm, grad_norm)
+            set_learning_rate(self.optimizer, self.learning_rate())
             self.optimizer.step()
-        else:
-            self.recorder.event(
-                "withheld", step, f"step {step}: loss {loss}, gradient norm {grad_norm.item()}: the update is left out"
-            )
-        self.step = step
+
+    def learning_rate(self) -> float:
+        return learning_rate(self.step, self.config.steps, self.config.optim) * self.watch.lr_scale
 
     def record(self, loss: float, grad_norm: Tensor, step_s: float, data_s: float) -> None:
         ranks = self.config.layout.gpus
@@ -138,7 +196,7 @@ class Trainer:
             tokens=self.step * self.batch_tokens,
             loss=loss,
             grad_norm=grad_norm.item(),
-            lr=learning_rate(self.step, self.config.steps, self.config.optim),
+            lr=self.learning_rate(),
             step_s=step_s,
             data_s=data_s,
             tokens_per_s=tokens_per_s,
@@ -173,14 +231,45 @@ class Trainer:
         )
 
     def save(self, wait: bool) -> None:
-        self.store.save(self.step, training_state(self.model, self.optimizer), {"step": self.step}, wait=wait)
+        extra = {"step": self.step, "spikes": self.watch.state()}
+        self.store.save(self.step, training_state(self.model, self.optimizer), extra, wait=wait)
+
+    def vet(self) -> None:
+        """Marks the checkpoint that has proved healthy by now, so that retention keeps it as a place to rewind to."""
+        step = self.watch.vetted_step(self.step)
+        if step is not None and should_save(step, self.config.checkpoint, self.config.steps):
+            self.store.vet(step)
 
     def resume(self) -> None:
-        """Stands where the newest valid checkpoint does; at step 0 where there is none."""
+        """Stands where the newest valid checkpoint does; at step 0 where there is none.
+
+        A rewind that was decided and not yet done, because the run was killed in between, is done now.
+        """
+        if self.watch.rewind_to is not None:
+            self.rewind()
+            return
         loaded = self.store.load_latest(training_state(self.model, self.optimizer))
         if loaded is not None:
             self.step = loaded.step
+            self.watch.restore(loaded.extra.get("spikes"))
             self.recorder.event("resumed", self.step, f"resumed from the checkpoint of step {self.step}")
+        self.take_skips()
+
+    def rewind(self) -> None:
+        """Back to the checkpoint that the watch has chosen, or the next older one that is whole."""
+        to_step = self.watch.rewind_to
+        loaded = self.store.load_latest(training_state(self.model, self.optimizer), max_step=to_step)
+        if loaded is None:
+            raise CheckpointError(
+                f"the run must go back to step {to_step}, and no checkpoint is left from there or before"
+            )
+        self.step = loaded.step
+        self.watch.restore(loaded.extra.get("spikes"))
+        self.watch.rewound(self.step)
+        self.take_skips()
+
+    def take_skips(self) -> None:
+        self.loader.skips = [Skip(first, end) for first, end in self.watch.skips]
 
 
 def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -25,11 +25,16 @@ from orchestrator.record import Event, StepRecord, kept_steps, read_all_steps, r
 from orchestrator.run_dir import RunDir
 from orchestrator.show import write_page
 from orchestrator.spec import RunSpec
+from orchestrator.spikes.watch import stopped_for_a_person
 from slurm.request import JobRequest
 from slurm.submit import Job, submit
 
 WORKER = "orchestrator.worker:main"
 _STRIPE = 0.25  # seconds between two looks at a run that is followed
+
+_SHOWN = set(
+    "evaluated resumed withheld recomputed spike rewound recovered faults save_failed passed_over stopped".split()  # noqa: SIM905
+)
 
 # What may change between two starts of one run: where and how it runs, not what it computes.
 _MAY_CHANGE = (
@@ -61,6 +66,11 @@ def launch(spec: RunSpec, overrides: Sequence[str]) -> int:
         raise UserError(
             f"{_short(run_dir.root)} is at work already: see it with `arriero watch {_short(run_dir.root)}`, or launch "
             f"another run with name=..."
+        )
+    if why := stopped_for_a_person(read_events(run_dir.events), spec.spikes):
+        raise UserError(
+            f"{_short(run_dir.root)} was stopped for a person to look at it.\n{why}\n"
+            "To go on from its newest checkpoint, change what spikes.* allows, or choose spikes=watch."
         )
     write_run_dir(spec, run_dir, overrides)
     prepared = _prepare(console, spec)
@@ -242,7 +252,7 @@ class _View:
     def update(self) -> None:
         events = read_events(self.run_dir.events)
         for event in events[self.events_shown :]:
-            if event.kind in ("evaluated", "resumed", "withheld", "save_failed", "passed_over", "stopped"):
+            if event.kind in _SHOWN:
                 self.console.print(f"  step {event.step:>6,}  {event.detail}")
         self.events_shown = len(events)
         newest = last_record(self.run_dir)

@@ -82,6 +82,11 @@ class RunDir:
         """Which W&B run mirrors this one, and how far (JSON)."""
         return self.root / "wandb.json"
 
+    @property
+    def faults(self) -> Path:
+        """Faults to be injected (orchestrator/faults.py); no run has this file but those of `arriero chaos` and the tests."""
+        return self.root / "faults.json"
+
     def next_attempt(self) -> int:
         """1 for the first start; each start takes the next number."""
         taken = [int(p.stem.removeprefix("attempt-")) for p in self.events.glob("attempt-*.jsonl")]

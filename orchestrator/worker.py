@@ -4,8 +4,11 @@ First start, fortieth requeue and a move to other nodes take this one path: read
 """
 
 import os
+import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +25,22 @@ from model.train import TrainConfig, Trainer
 from orchestrator import spec as specs
 from orchestrator.energy.sampler import sampling
 from orchestrator.mirror import mirroring
-from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
+from orchestrator.record import Event, JsonlWriter, StepRecord, read_events, utc_now
 from orchestrator.run_dir import RunDir
+from orchestrator.spikes.watch import SpikeWatch
+from orchestrator.webhook import post
 from slurm.rendezvous import Place, place
 from slurm.signals import StopFlag
+
+_GO_ON = "to go on, change what spikes.* allows (or choose spikes=watch) and launch it again"
 
 
 class RunRecorder:
     """Rank 0's records and events of one attempt; drops them on the other ranks."""
 
     def __init__(self, run_dir: RunDir, attempt: int, is_main: bool) -> None:
-        self.attempt = attempt
+        self.attempt, self.run = attempt, run_dir.root.name
+        self.posted: threading.Thread | None = None  # the webhook's last call
         self.steps = JsonlWriter(run_dir.attempt_file(run_dir.records, attempt)) if is_main else None
         self.events = JsonlWriter(run_dir.attempt_file(run_dir.events, attempt)) if is_main else None
 
@@ -40,11 +48,12 @@ class RunRecorder:
         if self.steps:
             self.steps.write(StepRecord(time_utc=utc_now(), attempt=self.attempt, **fields))
 
-    def event(self, kind: str, step: int, detail: str, **data: Any) -> None:
+    def event(self, kind: str, step: int, detail: str, /, **data: Any) -> None:
         if self.events:
             event = Event(time_utc=utc_now(), kind=kind, step=step, detail=detail, attempt=self.attempt, data=data)
             self.events.write(event, durable=True)
             print(f"{event.time_utc} {kind}: {detail}", flush=True)
+            self.posted = post(event, self.run) or self.posted
 
 
 def main(run_dir: str) -> str:
@@ -63,6 +72,7 @@ def main(run_dir: str) -> str:
             timeout=timedelta(minutes=10),
             device_id=device if device.type == "cuda" else None,
         )
+    recorder: RunRecorder | None = None
     try:
         ranks = place_ranks(spec.layout, device)
         recorder = RunRecorder(directory, _agreed_attempt(directory, ranks), ranks.is_main)
@@ -74,17 +84,25 @@ def main(run_dir: str) -> str:
             directory.at_work() if ranks.is_main else nullcontext(),
         ):
             try:
-                return _train(spec, directory, ranks, dtype, recorder, stop)
+                return _train(spec, directory, here, ranks, dtype, recorder, stop)
             except (CheckpointError, Fenced) as error:  # told to a person as it is; every rank has it
                 recorder.event("failed", 0, str(error))
                 return "failed"
     finally:
+        if recorder and recorder.posted:  # the last word, such as "failed"
+            recorder.posted.join(10)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _train(
-    spec: specs.RunSpec, directory: RunDir, ranks: Ranks, dtype: torch.dtype, recorder: RunRecorder, stop: StopFlag
+    spec: specs.RunSpec,
+    directory: RunDir,
+    here: Place,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    recorder: RunRecorder,
+    stop: StopFlag,
 ) -> str:
     prepared = PreparedData.load(directory.data.read_text().strip())
     loader = Loader(
@@ -117,13 +135,25 @@ def _train(
         device=ranks.device.type,
         precision=kind,
         threads=torch.get_num_threads(),
-        host=os.uname().nodename,
+        host=here.node,
         nodes=spec.cluster.nodes,
         gpus=spec.cluster.gpus,
     )
-    trainer = Trainer(config, ranks, loader, store, recorder, lambda: stop.requested is not None)
-    finished = trainer.run()
-    if not finished:
+    watch = SpikeWatch(
+        spec.spikes, _past_events(directory, ranks), store.history_steps, loader.data_batch, recorder.event
+    )
+    make: Callable[..., Trainer] = Trainer
+    if directory.faults.exists():
+        from orchestrator.faults import FaultyTrainer
+
+        make = partial(FaultyTrainer, faults=directory.faults)
+        recorder.event("faults", 0, f"faults are injected on purpose: {directory.faults}")
+    trainer = make(config, ranks, loader, store, recorder, lambda: stop.requested is not None, watch, here.node)
+    ended = trainer.run()
+    if ended == "failed":
+        recorder.event("failed", trainer.step, f"step {trainer.step}: {watch.said}; {_GO_ON}")
+        return "failed"
+    if ended == "stopped":
         why = f" ({stop.requested})" if stop.requested else ""
         recorder.event("stopped", trainer.step, f"asked to stop{why}: saved at step {trainer.step} of {spec.steps}")
         return "stopped"
@@ -167,6 +197,14 @@ def _hardware(spec: specs.RunSpec, here: Place) -> tuple[torch.device, torch.dty
         has_bf16 = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     wanted = {"auto": has_bf16, "bf16": True, "fp32": False}[spec.precision]
     return device, torch.bfloat16 if wanted else torch.float32
+
+
+def _past_events(directory: RunDir, ranks: Ranks) -> list[Event]:
+    """What rank 0 finds on disk, on all ranks: the others' view of a network file system may be older."""
+    found = [read_events(directory.events) if ranks.is_main else []]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _agreed_attempt(directory: RunDir, ranks: Ranks) -> int:

@@ -11,7 +11,7 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep_last: int = 3
     keep_every_steps: int = 0  # 0: none kept for good
-    keep_vetted: bool = True  # those that the spike policy (or a person) found healthy are never removed
+    keep_vetted: int = 2  # the newest so many of those that the spike policy (or a person) found healthy
     url: str | None = None  # any fsspec URL; null: checkpoints/ in the run directory
     asynchronous: bool = True  # write in the background from a copy; false: training waits for the disk
     retries: int = 4  # of one read or write that fails, waiting retry_wait_s, then twice as long each time
@@ -29,6 +29,8 @@ class CheckpointConfig:
             )
         if self.keep_every_steps < 0:
             found.append(f"checkpoint.keep_every_steps={self.keep_every_steps} must be 0 (none kept for good) or more")
+        if self.keep_vetted < 0:
+            found.append(f"checkpoint.keep_vetted={self.keep_vetted} must be 0 (none kept for this) or more")
         if self.retries < 0:
             found.append(f"checkpoint.retries={self.retries} must be 0 (one try) or more")
         for name in ("retry_wait_s", "retry_save_s"):
@@ -102,7 +104,8 @@ def left_behind(checkpoint: CheckpointInfo, resumed: Mapping[int, int | None]) -
 def keep(
     checkpoints: Iterable[CheckpointInfo], config: CheckpointConfig, resumed: Mapping[int, int | None]
 ) -> set[CheckpointInfo]:
-    """What retention leaves: the last `keep_last` of the history, each multiple of `keep_every_steps` and the vetted.
+    """What retention leaves: the last `keep_last` of the history, each multiple of `keep_every_steps`, and the last
+    `keep_vetted` vetted ones.
 
     The newest is always among them. Debris and what was left behind is not.
     """
@@ -110,8 +113,7 @@ def keep(
     kept = set(lived[: max(config.keep_last, 1)])
     if config.keep_every_steps:
         kept |= {c for c in lived if c.step % config.keep_every_steps == 0}
-    if config.keep_vetted:
-        kept |= {c for c in lived if c.vetted}
+    kept |= set([c for c in lived if c.vetted][: config.keep_vetted])
     return kept
 
 

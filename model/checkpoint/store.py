@@ -132,6 +132,13 @@ class CheckpointStore:
                 found.append(info)
         return sorted(found, key=lambda c: c.order)
 
+    def history_steps(self) -> list[int]:
+        """The steps of the committed checkpoints that this run's history goes through, newest first: the same on all ranks."""
+        found: list[int] = self._from_rank_0(
+            lambda: [c.step for c in policy.history(self.steps(), read_epochs(self.storage))]
+        )
+        return found
+
     def load_latest(self, state: dict[str, Any], max_step: int | None = None) -> LoadedCheckpoint | None:
         """Fills `state` in place from the newest valid checkpoint (of step <= max_step) and becomes the one writer,
         whose history goes on from there: checkpoints of later steps are left behind.

@@ -12,6 +12,9 @@ class SpikesConfig:
     name: str
     rule: str = "cusum"  # one of rules.RULES
     params: dict[str, float] = field(default_factory=dict)  # of the rule, where they differ from its defaults
+    declared_steps: list[int] = field(
+        default_factory=list
+    )  # from which the loss is expected to change: another mix, say
     act: bool = True  # false: the rule watches and writes down, and never changes the run
     # the gate before the update
     gate_tails: float = 4.0  # a loss or gradient norm so many learnt tails up is withheld and recomputed
@@ -56,6 +59,7 @@ class SpikesConfig:
         ):
             if getattr(self, name) < 0:
                 found.append(f"spikes.{name}={getattr(self, name)} must be 0 or more")
+        found += [f"spikes.declared_steps holds {s}: steps begin at 1" for s in self.declared_steps if s < 1]
         if self.gate_tails <= 1:
             found.append(
                 f"spikes.gate_tails={self.gate_tails} must be above 1: below lies what the run's own batches do now and then"

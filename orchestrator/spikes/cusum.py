@@ -100,6 +100,10 @@ class Cusum:
         """Whether the loss still stands above its trend after an alarm."""
         return self.cusum > self.params.threshold / 2
 
+    @property
+    def usual_grad_norm(self) -> float | None:
+        return math.exp(self.grad_level) if self.age >= SETTLE else None
+
     def scores(self, loss: float, grad_norm: float | None = None) -> tuple[float, float | None]:
         """How far a loss and a gradient norm stand above what is expected, in the run's own tails (1 = the tail of
         harmless outliers). Changes nothing; 0 while the rule still settles."""

@@ -34,7 +34,7 @@ def test_keeps_the_last_each_nth_and_the_vetted() -> None:
     all_of_them = [info(s, vetted=s == 3) for s in range(1, 11)]
     kept = keep(all_of_them, config(keep_last=2, keep_every_steps=5), {1: 0})
     assert {c.step for c in kept} == {3, 5, 9, 10}
-    assert {c.step for c in keep(all_of_them, config(keep_last=1, keep_vetted=False), {1: 0})} == {10}
+    assert {c.step for c in keep(all_of_them, config(keep_last=1, keep_vetted=0), {1: 0})} == {10}
 
 
 def test_a_zombies_late_commit_is_no_history() -> None:
@@ -68,7 +68,8 @@ def test_retention_never_removes_the_newest_of_the_history(
     lived = history(checkpoints, resumed)
     gone = removable(checkpoints, settings, resumed, epoch=9)
     assert not set(lived[:last]) & set(gone)
-    assert not {c for c in lived if c.vetted or (every and c.step % every == 0)} & set(gone)
+    assert not set([c for c in lived if c.vetted][:2]) & set(gone)
+    assert not {c for c in lived if every and c.step % every == 0} & set(gone)
     # What stays has the same history, and removing is done in one go.
     left = [c for c in checkpoints if c not in gone]
     assert history(left, resumed)[:1] == lived[:1]

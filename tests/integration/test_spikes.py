@@ -1,0 +1,123 @@
+"""Poisoned batches, arithmetic that goes wrong once, and kills in between: the run comes out as it should, without a hand."""
+
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+from orchestrator.faults import Fault, write
+from orchestrator.record import Event, kept_steps, read_all_steps, read_events
+from tests.integration.words_run import launch, losses, make_workplace, run_dir
+
+pytestmark = pytest.mark.slow
+
+STEPS = 120
+SETTINGS = [
+    f"steps={STEPS}",
+    "eval_every_steps=60",
+    "checkpoint.every_steps=10",
+    "spikes.patience=0",
+    "spikes.vet_steps=5",
+    "spikes.margin_steps=3",
+]
+POISON = Fault(kind="poison", batches=list(range(70, 78)))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("spikes"))
+
+
+@pytest.fixture(scope="module")
+def clean(workplace: Path) -> dict[int, tuple[float, float]]:
+    done = launch(workplace, "clean", *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    assert [e.kind for e in events(workplace, "clean") if e.kind in ("spike", "rewound")] == []
+    return losses(workplace, "clean")
+
+
+@pytest.fixture(scope="module")
+def poisoned(workplace: Path) -> dict[int, tuple[float, float]]:
+    write(run_dir(workplace, "poisoned").faults, [POISON])
+    done = launch(workplace, "poisoned", *SETTINGS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(workplace, "poisoned")
+
+
+def events(workplace: Path, name: str, *kinds: str) -> list[Event]:
+    return [e for e in read_events(run_dir(workplace, name).events) if not kinds or e.kind in kinds]
+
+
+def end(of: dict[int, tuple[float, float]]) -> float:
+    return statistics.fmean(of[step][0] for step in range(STEPS - 9, STEPS + 1))
+
+
+def test_a_run_with_poisoned_batches_rewinds_skips_them_and_ends_like_one_without(
+    workplace: Path, clean: dict[int, tuple[float, float]], poisoned: dict[int, tuple[float, float]]
+) -> None:
+    verdict = next(e for e in events(workplace, "poisoned", "spike") if e.data["act"] == "rewind")
+    back = next(e for e in events(workplace, "poisoned", "rewound"))
+    assert verdict.time_utc <= back.time_utc
+    assert verdict.data["to_step"] == back.data["to_step"] == 60
+    assert verdict.data["skip_from"] <= 70
+    assert verdict.data["window"]
+    records = kept_steps(read_all_steps(run_dir(workplace, "poisoned").records))
+    assert [r.step for r in records] == list(range(1, STEPS + 1))
+    trained = {r.data_batch for r in records}
+    assert not trained & set(POISON.batches)
+    assert {step: poisoned[step] for step in range(1, 61)} == {step: clean[step] for step in range(1, 61)}
+    assert end(poisoned) == pytest.approx(end(clean), rel=0.02)
+
+
+def test_killed_in_the_middle_of_a_rewind_it_comes_out_the_same(
+    workplace: Path, poisoned: dict[int, tuple[float, float]]
+) -> None:
+    write(run_dir(workplace, "killed").faults, [POISON, Fault(kind="kill_in_rewind")])
+    assert launch(workplace, "killed", *SETTINGS).returncode == 1
+    assert not events(workplace, "killed", "rewound")
+    assert launch(workplace, "killed", *SETTINGS).returncode == 0
+    assert losses(workplace, "killed") == poisoned
+
+
+def test_another_number_of_ranks_skips_the_same_batches(workplace: Path, poisoned: object) -> None:
+    write(run_dir(workplace, "two").faults, [POISON])
+    done = launch(workplace, "two", *SETTINGS, "cluster.gpus_per_node=2", "layout.dp_shard=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    batches = {
+        name: [r.data_batch for r in kept_steps(read_all_steps(run_dir(workplace, name).records))]
+        for name in ("two", "poisoned")
+    }
+    assert batches["two"] == batches["poisoned"]
+
+
+def test_a_nan_of_one_rank_once_is_named_computed_again_and_leaves_no_trace(workplace: Path) -> None:
+    two = ["cluster.gpus_per_node=2", "layout.dp_shard=2", "steps=60"]
+    assert launch(workplace, "two_clean", *SETTINGS, *two).returncode == 0
+    write(run_dir(workplace, "nan").faults, [Fault(kind="nan", rank=1, step=50)])
+    done = launch(workplace, "nan", *SETTINGS, *two)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(workplace, "nan") == losses(workplace, "two_clean")
+    (said,) = events(workplace, "nan", "recomputed")
+    assert (said.step, said.data["cause"], said.data["ranks"]) == (50, "hardware", [1])
+    assert said.data["nodes"]
+    assert "rank 1" in said.detail
+
+
+def test_a_loss_that_stays_nan_rewinds_and_then_calls_a_person(workplace: Path) -> None:
+    nans = [Fault(kind="nan", step=45) for _ in range(18)]  # 16 for all that may be tried, 2 for later
+    write(run_dir(workplace, "hopeless").faults, nans)
+    settings = [*SETTINGS, "spikes.max_rewinds_per_incident=1"]
+    failed = launch(workplace, "hopeless", *settings)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    acts = [e.data["act"] for e in events(workplace, "hopeless", "spike")]
+    assert acts[-1] == "stop"
+    assert "rewind" in acts
+    assert all(math.isfinite(loss) for loss, _ in losses(workplace, "hopeless").values())
+
+    again = launch(workplace, "hopeless", *settings)
+    assert again.returncode == 2
+    assert "a person" in again.stderr
+    looked_at = launch(workplace, "hopeless", *settings, "spikes.max_skipped_batches=3000")
+    assert looked_at.returncode == 0, looked_at.stdout + looked_at.stderr

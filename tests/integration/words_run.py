@@ -1,0 +1,64 @@
+"""Runs of a few steps on a few words, through the command: shared by the tests that launch."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from orchestrator.record import StepRecord, kept_steps, read_all_steps
+from orchestrator.run_dir import RunDir
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-c", "import sys; from orchestrator.cli import main; sys.exit(main())", "launch"]
+STEPS = 30
+
+
+def make_workplace(folder: Path) -> Path:
+    """Two small sources of text in `folder`, and a group that mixes them."""
+    generator = random.Random(1)
+    words = ["llama", "mountain", "pass", "train", "load", "water", "stone", "path", "night", "bell"]
+    for source in ("a", "b"):
+        lines = [" ".join(generator.choices(words, k=60)) + ".\n" for _ in range(300)]
+        (folder / f"{source}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    (folder / "conf" / "data").mkdir(parents=True)
+    (folder / "conf" / "data" / "words.yaml").write_text(
+        "name: words\nheld_out_share: 0.1\ntokenizer: {vocab_size: 512}\nsources:\n"
+        "  a: {path: a.jsonl, proportion: 0.75}\n  b: {path: b.jsonl, proportion: 0.25}\n"
+    )
+    return folder
+
+
+def words(name: str, *more: str) -> list[str]:
+    return [
+        *COMMAND,
+        "--config-dir=conf",
+        "model=nano",
+        "data=words",
+        f"name={name}",
+        f"steps={STEPS}",
+        "optim.warmup_steps=5",
+        "eval_every_steps=10",
+        "checkpoint.every_steps=10",
+        *more,
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def launch(workplace: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words(name, *more), cwd=workplace, env=environment(), capture_output=True, text=True, check=False, timeout=200
+    )
+
+
+def run_dir(workplace: Path, name: str) -> RunDir:
+    return RunDir(workplace / "runs" / name)
+
+
+def losses(workplace: Path, name: str) -> dict[int, tuple[float, float]]:
+    kept: list[StepRecord] = kept_steps(read_all_steps(run_dir(workplace, name).records))
+    return {r.step: (r.loss, r.grad_norm) for r in kept}
