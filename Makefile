@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: all run test check bench clean chromium
+.PHONY: all run test check bench clean chromium slurm
 
 all: .venv/.done
 
@@ -17,7 +17,7 @@ all: .venv/.done
 run: all
 	@$(BIN)/arriero launch experiment=first_run
 
-test: all chromium
+test: all chromium slurm
 	@$(BIN)/python -m pytest
 
 # Pages are tested in a real Chromium. Where it can't be installed those tests are skipped and say so; in CI they fail.
@@ -27,6 +27,16 @@ chromium:
 	else echo "no chromium, and no right to install it: the pages are not tested in a browser"; exit 0; fi; \
 	echo "installing chromium, which the tests of the pages need"; \
 	$$root apt-get -qq update && $$root apt-get -qq install --yes --no-install-recommends chromium >/dev/null || true
+
+# Slurm is tested on a real one. Where it can't be installed those tests are skipped and say so; in CI they fail.
+slurm: all
+	@missing=$$($(BIN)/python -c "from slurm.virtual import missing_packages; print(*missing_packages())"); \
+	test -z "$$missing" && exit 0; \
+	if [ "$$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root='sudo -n'; \
+	else echo "no Slurm, and no right to install it: sudo apt-get install --no-install-recommends $$missing"; exit 0; fi; \
+	echo "installing $$missing, which the tests under Slurm need"; \
+	$$root apt-get -qq update && $$root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+	apt-get -qq install --yes --no-install-recommends $$missing >/dev/null || true
 
 check: all
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

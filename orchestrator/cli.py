@@ -17,11 +17,12 @@ Handler = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     from orchestrator.errors import Failure, UserError
+    from slurm.virtual import ClusterError
 
     handler: Handler = args.handler
     try:
         return handler(args)
-    except UserError as error:
+    except (UserError, ClusterError) as error:
         print(f"arriero: {error}", file=sys.stderr)
         return 2
     except Failure as error:
@@ -56,6 +57,25 @@ def _parser() -> argparse.ArgumentParser:
         "that the run is finished.\nCtrl-C saves and stops.",
     )
     _takes_overrides(launch)
+
+    cluster = commands.add_parser(
+        "cluster",
+        help="a whole Slurm on this machine, to rehearse and to test on",
+        description="A real Slurm (munge, MariaDB, slurmdbd, slurmctld, many slurmd) in a directory and on ports of its own.",
+    )
+    cluster_commands = cluster.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    up = _command(cluster_commands, "up", _cluster_up, "start a cluster; it stays up until `down`")
+    up.add_argument("--nodes", type=int, default=8, help="virtual nodes (default 8)")
+    up.add_argument("--gpus-per-node", type=int, default=8, help="virtual GPUs on each (default 8)")
+    up.add_argument("--no-accounting", action="store_true", help="without MariaDB and slurmdbd")
+    down = _command(cluster_commands, "down", _cluster_down, "stop a cluster: exactly what `up` started, and its jobs")
+    status = _command(cluster_commands, "status", _cluster_status, "what is up, and the nodes' states")
+    for command in (up, down, status):
+        command.add_argument("--name", default="virtual", help="which cluster (default: virtual)")
+        command.add_argument(
+            "--directory", type=Path, metavar="DIR", help="where it lives (default: in the folder for temporary files)"
+        )
+        _takes_json(command)
 
     report = commands.add_parser("report", help="account for what runs have done", description="Accounts of runs.")
     reports = report.add_subparsers(title="reports", metavar="REPORT", required=True)
@@ -220,6 +240,63 @@ def _config(args: argparse.Namespace) -> int:
 
     print(spec.to_yaml(spec.compose(args.overrides, args.config_dir)), end="")
     return 0
+
+
+def _cluster_up(args: argparse.Namespace) -> int:
+    from slurm.virtual import VirtualCluster
+
+    cluster = VirtualCluster.up(
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        directory=args.directory,
+        name=args.name,
+        accounting=not args.no_accounting,
+    )
+    if args.json:
+        print_json(cluster.status())
+        return 0
+    print(f"{cluster.name}: {cluster.nodes} nodes of {cluster.gpus_per_node} GPUs are up in {cluster.up_s:.1f} s")
+    print(f"its files are in {cluster.directory}; every Slurm command, and `arriero launch`, speaks to it after")
+    for name, value in cluster.env.items():
+        print(f"  export {name}={value}")
+    return 0
+
+
+def _cluster_down(args: argparse.Namespace) -> int:
+    cluster = _cluster(args)
+    stopped = [name for name, process in cluster.daemons.items() if process.alive()]
+    cluster.down()
+    if args.json:
+        print_json({"name": cluster.name, "daemons_stopped": len(stopped)})
+    else:
+        print(f"{cluster.name}: {len(stopped)} daemons stopped")
+    return 0
+
+
+def _cluster_status(args: argparse.Namespace) -> int:
+    cluster = _cluster(args)
+    status = cluster.status()
+    if args.json:
+        print_json(status)
+        return 0 if status["controller_answers"] else 1
+    if not status["controller_answers"]:
+        print(
+            f"{cluster.name}: "
+            + ("slurmctld does not answer" if status["up"] else f"not up; its files are in {cluster.directory}")
+        )
+        return 1
+    states = ", ".join(f"{count} {state}" for state, count in sorted(status["nodes_by_state"].items()))
+    print(f"{cluster.name}: {cluster.nodes} nodes of {cluster.gpus_per_node} GPUs: {states}")
+    print(f"  export SLURM_CONF={cluster.conf}")
+    if status["daemons_down"]:
+        print(f"  down: {', '.join(status['daemons_down'])}")
+    return 0
+
+
+def _cluster(args: argparse.Namespace) -> Any:
+    from slurm.virtual import VirtualCluster, default_directory
+
+    return VirtualCluster.load((args.directory or default_directory(args.name)).resolve())
 
 
 def _report_carbon(args: argparse.Namespace) -> int:

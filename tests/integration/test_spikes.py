@@ -21,7 +21,7 @@ SETTINGS = [
     "spikes.vet_steps=5",
     "spikes.margin_steps=3",
 ]
-POISON = Fault(kind="poison", batches=list(range(70, 78)))
+POISON = Fault(kind="poison", batches=list(range(70, 75)))
 
 
 @pytest.fixture(scope="module")
