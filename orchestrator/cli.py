@@ -185,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _takes_json(publish)
 
+    _add_scaling(commands)
+
     # Started by the ranks, one a node; not for people, so not in --help.
     sampler = commands.add_parser("energy-sample")
     sampler.add_argument("run_dir", type=Path)
@@ -197,6 +199,53 @@ def _parser() -> argparse.ArgumentParser:
     mirror.add_argument("--watch", type=int, required=True, metavar="PID")
     mirror.set_defaults(handler=_wandb_mirror)
     return parser
+
+
+def _add_scaling(commands: Any) -> None:
+    scaling = commands.add_parser(
+        "scaling",
+        help="scaling laws: which size and how many tokens",
+        description="Laws of the loss, and their advice.",
+    )
+    laws = scaling.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    fit = _command(
+        laws,
+        "fit",
+        _scaling_fit,
+        "fit L(N, D) = E + A / N^alpha + B / D^beta to runs, with IsoFLOP minima",
+        "Fits the law of Hoffmann et al. to the final held-out losses of finished runs, or to a CSV with columns\n"
+        "parameters, loss and tokens (or flops). Intervals are by bootstrap.",
+    )
+    _takes_points(fit)
+    fit.add_argument("--output", type=Path, metavar="DIR", help="write fit.json, fit.md and fit.svg there")
+    _takes_json(fit)
+    recommend = _command(
+        laws,
+        "recommend",
+        _scaling_recommend,
+        "the size and tokens for a training budget, or for a loss and its inference",
+        "With --flops C: the size and tokens that reach the lowest loss. With --loss L, or --flops C for the loss that it\n"
+        "reaches at best, and --inference-tokens T: the cheapest model at that loss, counting 6 N D FLOPs of training and\n"
+        "2 N T of inference.",
+    )
+    _takes_points(recommend)
+    recommend.add_argument("--fit", type=Path, metavar="FILE", help="a fit.json of `scaling fit --output`")
+    recommend.add_argument("--law", metavar="NAME", help="a published law: hoffmann or besiroglu")
+    recommend.add_argument("--flops", type=float, metavar="C", help="training budget")
+    recommend.add_argument("--loss", type=float, metavar="L", help="loss to reach, nats per token")
+    recommend.add_argument(
+        "--inference-tokens", type=float, default=0.0, metavar="T", help="tokens to be served in all"
+    )
+    _takes_json(recommend)
+
+
+def _takes_points(command: argparse.ArgumentParser) -> None:
+    command.add_argument("sweeps", nargs="*", type=Path, metavar="SWEEP", help="folders of runs, or run directories")
+    command.add_argument(
+        "--csv", type=Path, metavar="FILE", help="points of anybody's: parameters, tokens or flops, loss"
+    )
+    command.add_argument("--bootstrap", type=int, default=500, metavar="N", help="replicates (default 500)")
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
 
 
 def _command(
@@ -417,6 +466,55 @@ def _wandb_mirror(args: argparse.Namespace) -> int:
     from orchestrator.mirror import mirror_until_gone
 
     return mirror_until_gone(args.run_dir, args.watch)
+
+
+def _scaling_fit(args: argparse.Namespace) -> int:
+    from orchestrator.scaling import report
+
+    fitted = _fitted(args)
+    if args.output:
+        source = ", ".join(str(p) for p in (args.sweeps or [args.csv.name]))
+        report.write_fit(fitted, args.output, f"Scaling law of {source}")
+    if args.json:
+        print_json(report.fit_as_json(fitted))
+        return 0
+    print(report.fit_as_markdown(fitted), end="")
+    if args.output:
+        print(f"\nwritten: {args.output}/fit.json, fit.md, fit.svg")
+    return 0
+
+
+def _scaling_recommend(args: argparse.Namespace) -> int:
+    from orchestrator.errors import UserError
+    from orchestrator.scaling import report
+
+    if sum(map(bool, (args.fit, args.law, args.sweeps or args.csv))) != 1:
+        raise UserError("give one source of the law: SWEEP..., --csv FILE, --fit FILE, or --law hoffmann|besiroglu")
+    if args.law:
+        known, source = report.published(args.law), f"the published law of {args.law}"
+    elif args.fit:
+        known, source = report.read_fit(args.fit), str(args.fit)
+    else:
+        known, source = report.known(_fitted(args)), "the law fitted to these points"
+    found = report.recommend(known, flops=args.flops, loss=args.loss, inference_tokens=args.inference_tokens)
+    if args.json:
+        print_json({"law": source, **found})
+    else:
+        print(report.recommendation_as_markdown(found, source), end="")
+    return 0
+
+
+def _fitted(args: argparse.Namespace) -> Any:
+    from orchestrator.errors import UserError
+    from orchestrator.scaling.fit import fit
+    from orchestrator.scaling.points import from_csv, from_runs
+
+    if bool(args.sweeps) == bool(args.csv):
+        raise UserError("give the runs to fit, or --csv FILE: arriero scaling fit runs/my_sweep")
+    points, notes = from_csv(args.csv) if args.csv else from_runs(args.sweeps)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return fit(points, args.bootstrap, args.seed)
 
 
 def _energy_sample(args: argparse.Namespace) -> int:
