@@ -17,7 +17,11 @@ from orchestrator.scaling.law import Law
 HUBER_DELTA = 1e-3  # in log loss; arXiv 2203.15556, appendix D.3
 LEVEL = 0.95  # of the confidence intervals
 STARTS = 40  # of the grid, the best by their objective
-SAME_BUDGET = 0.1  # in ln FLOPs: neighbours that are nearer share one IsoFLOP budget, up to twice that from its first
+SAME_BUDGET = (
+    0.03  # in ln FLOPs: neighbours that are nearer share one IsoFLOP budget, up to five times that from its first
+)
+
+POORLY_FIXED = "poorly fixed: add sizes near it"
 
 Array = np.ndarray
 
@@ -254,7 +258,7 @@ def _isoflops(points: Points, replicates: int, rng: np.random.Generator) -> tupl
     log_flops = np.log(points.flops[order])
     cuts, first = [], 0
     for i in range(1, len(order)):
-        if log_flops[i] - log_flops[i - 1] > SAME_BUDGET or log_flops[i] - log_flops[first] > 2 * SAME_BUDGET:
+        if log_flops[i] - log_flops[i - 1] > SAME_BUDGET or log_flops[i] - log_flops[first] > 5 * SAME_BUDGET:
             cuts.append(first := i)
     found: list[Isoflop] = []
     drawn: list[Array] = []
@@ -264,9 +268,9 @@ def _isoflops(points: Points, replicates: int, rng: np.random.Generator) -> tupl
             continue
         isoflop, minima = _isoflop(group, replicates, rng)
         found.append(isoflop)
-        if isoflop.parameters:
+        if isoflop.parameters and not isoflop.note:
             drawn.append(minima)
-    with_minimum = [i for i in found if i.parameters]
+    with_minimum = [i for i in found if i.parameters and not i.note]
     if len(with_minimum) < 2:
         return found, None
     log_c = np.log([i.flops for i in with_minimum])
@@ -303,4 +307,6 @@ def _isoflop(group: Points, replicates: int, rng: np.random.Generator) -> tuple[
         minima.append(float(np.clip(there, x.min() - np.log(10), x.max() + np.log(10))))
     size = interval(float(np.exp(at)), np.exp(minima))
     best = c0 - c1**2 / (4 * c2)
-    return Isoflop(**{**vars(whole), "parameters": size, "loss": best, "note": ""}), np.exp(minima)
+    inside = np.mean((np.array(minima) >= x.min()) & (np.array(minima) <= x.max()))
+    note = "" if inside > 0.9 else POORLY_FIXED
+    return Isoflop(**{**vars(whole), "parameters": size, "loss": best, "note": note}), np.exp(minima)

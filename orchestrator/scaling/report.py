@@ -217,9 +217,7 @@ def published(name: str) -> Known:
     return Known(PUBLISHED[name])
 
 
-def recommend(
-    known: Known, *, flops: float | None, loss: float | None, inference_tokens: float
-) -> dict[str, Any]:
+def recommend(known: Known, *, flops: float | None, loss: float | None, inference_tokens: float) -> dict[str, Any]:
     """What to train, with units in the keys; intervals where the law brings replicates."""
     law, replicates = known.law, known.replicates
     for name, value in (("--flops", flops), ("--loss", loss)):
