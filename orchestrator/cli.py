@@ -15,7 +15,12 @@ Handler = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides on both sides of an option, which argparse does not put together
+        args.overrides += rest
     from orchestrator.errors import Failure, UserError
     from slurm.virtual import ClusterError
 
@@ -57,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
         "that the run is finished.\nCtrl-C saves and stops.",
     )
     _takes_overrides(launch)
+    launch.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="a sweep, in Hydra's grammar: model=nano,tiny optim.lr=1e-3,3e-4 steps=range(100,400,100); the same command again "
+        "runs what is missing or failed",
+    )
+    launch.add_argument("--limit-parallel", type=int, default=None, metavar="N", help="of a sweep, points at one time")
+    launch.add_argument("--wait", action="store_true", help="of a sweep, come back when all points have ended")
 
     cluster = commands.add_parser(
         "cluster",
@@ -186,6 +200,22 @@ def _parser() -> argparse.ArgumentParser:
     _takes_json(publish)
 
     _add_scaling(commands)
+    sweep = commands.add_parser("sweep", help="sweeps: how far, and what came out", description="Sweeps.")
+    sweeps = sweep.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    of_sweep = _command(sweeps, "status", _sweep_status, "each point: its state, steps and loss")
+    of_sweep.add_argument("sweep", type=Path, metavar="DIR", help="the sweep's directory, such as runs/NAME")
+    _takes_json(of_sweep)
+    told = _command(
+        sweeps,
+        "report",
+        _sweep_report,
+        "the points by their held-out loss, with energy and carbon, and one HTML page",
+        "Prints the points, best first, with energy and carbon of each and of all, and writes one HTML page with parallel\n"
+        "coordinates and curves, which opens with no network.",
+    )
+    told.add_argument("sweep", type=Path, metavar="DIR", help="the sweep's directory, such as runs/NAME")
+    told.add_argument("--output", type=Path, metavar="FILE", help="the page (default: DIR/sweep.html)")
+    _takes_json(told)
 
     # Started by the ranks, one a node; not for people, so not in --help.
     sampler = commands.add_parser("energy-sample")
@@ -280,6 +310,14 @@ def _takes_json(command: argparse.ArgumentParser) -> None:
 
 def _launch(args: argparse.Namespace) -> int:
     from orchestrator import launch, spec
+    from orchestrator.errors import UserError
+
+    if args.multirun:
+        from orchestrator.sweep import launch_sweep
+
+        return launch_sweep(args.overrides, args.config_dir, args.limit_parallel, args.wait)
+    if args.wait or args.limit_parallel is not None:
+        raise UserError("--wait and --limit-parallel are of a sweep: add -m")
 
     return launch.launch(spec.compose(args.overrides, args.config_dir), args.overrides)
 
@@ -466,6 +504,30 @@ def _wandb_mirror(args: argparse.Namespace) -> int:
     from orchestrator.mirror import mirror_until_gone
 
     return mirror_until_gone(args.run_dir, args.watch)
+
+
+def _sweep_status(args: argparse.Namespace) -> int:
+    from orchestrator import sweep_report
+
+    rows = sweep_report.status(args.sweep)
+    if args.json:
+        print_json(rows)
+    else:
+        print(sweep_report.status_table(args.sweep, rows))
+    return 0
+
+
+def _sweep_report(args: argparse.Namespace) -> int:
+    from orchestrator import sweep_report
+
+    found = sweep_report.report(args.sweep)
+    page = sweep_report.write_page(found, args.output or args.sweep / "sweep.html")
+    if args.json:
+        print_json({**found.as_json(), "page": str(page)})
+    else:
+        print(sweep_report.markdown(found))
+        print(f"page  {page}")
+    return 0
 
 
 def _scaling_fit(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dashboards.scaling import Chart, Series, charts_svg, short
+from dashboards.charts import Chart, Series, charts_svg, short
 from orchestrator.errors import UserError
 from orchestrator.scaling.fit import LEVEL, Fit, Interval, interval
 from orchestrator.scaling.law import PUBLISHED, Allocation, Law, best_for_training, cheapest_at_loss

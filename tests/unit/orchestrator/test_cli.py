@@ -40,3 +40,10 @@ def test_a_users_mistake_is_text_and_exit_code_2() -> None:
 
 def test_an_unknown_command_is_exit_code_2() -> None:
     assert run("lunch").returncode == 2
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
+    done = run("config", "model=nano", "--config-dir", ".", "seed=7")
+    assert done.returncode == 0, done.stderr
+    assert "seed: 7" in done.stdout
+    assert run("config", "model=nano", "--nonsense", "seed=7").returncode == 2

@@ -1,4 +1,4 @@
-"""Charts with a logarithmic x axis beside each other, as one SVG that opens anywhere."""
+"""Charts with a logarithmic x axis beside each other, as one SVG that opens anywhere: scaling laws, sweeps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -117,6 +117,9 @@ def _chart(chart: Chart, clip: str) -> str:
     parts.append("</g>")
     at = float(LEFT)
     for s in (s for s in chart.series if s.label):
+        if at + 11 + 5.2 * len(s.label) > WIDTH:  # no room for more
+            parts.append(f'<text x="{at:.0f}" y="55" font-size="9" fill="#333">...</text>')
+            break
         parts.append(
             f'<rect x="{at:.0f}" y="47" width="8" height="8" fill="{s.color}"/>'
             f'<text x="{at + 11:.0f}" y="55" font-size="9" fill="#333">{escape(s.label)}</text>'

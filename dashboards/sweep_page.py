@@ -1,0 +1,162 @@
+"""A sweep as one HTML file without a script: parallel coordinates, curves, the points by loss with energy and carbon."""
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from dashboards.charts import Chart, Series, charts_svg, short
+
+_STYLE = (
+    "body{font:14px system-ui,sans-serif;margin:24px auto;max-width:1100px;padding:0 16px;color:#111;background:#fff}"
+    "table{border-collapse:collapse;width:100%;font-size:12px}td,th{padding:3px 8px;border-bottom:1px solid #e5e5e5;"
+    "text-align:right}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}"
+    ".failed{color:#b91c1c}.muted{color:#666}tr.best{background:#ecfdf5}"
+)
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 1000, 330, 60, 40, 24
+_NO_LOSS = "#9ca3af"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    name: str
+    state: str
+    values: dict[str, str]  # of each axis
+    held_out_loss: float | None  # nats per token
+    parameters: int | None
+    tokens: int  # trained
+    steps_s: float  # time in steps, the undone ones too
+    energy_kwh: float | None  # of the devices
+    energy_site_kwh: float | None  # times PUE
+    co2e_kg: float | None
+    curve: list[tuple[float, float]]  # tokens, training loss
+    detail: str  # why it failed
+
+
+def sweep_page(
+    name: str, axes: Sequence[str], points: Sequence[SweepPoint], energy_site_kwh: float | None, co2e_kg: float | None
+) -> str:
+    """The whole file. `points` best first. Its content security policy lets no script run and no request leave."""
+    colors = _colors(points)
+    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    finished = sum(p.state == "finished" for p in points)
+    summary = [f"{len(points)} points, {finished} finished"]
+    if energy_site_kwh is not None:
+        summary.append(f"{1000 * energy_site_kwh:.3g} Wh")
+    summary.append(f"{1000 * co2e_kg:.3g} g CO2e" if co2e_kg is not None else "no carbon intensity is configured")
+    body = [f"<h1>{escape(name)}</h1><p>{escape(', '.join(summary))} (all points together, each device once)</p>"]
+    shown = [p for p in points if _loss(p) is not None]
+    if shown and axes:
+        body.append("<h2>Parallel coordinates</h2>" + _coordinates(axes, shown, colors))
+    curves = [Series("", colors[p.name], line=p.curve) for p in reversed(points) if len(p.curve) > 1]
+    if curves:
+        low, high = _level_range(points)
+        chart = Chart(
+            title="training loss; the darker, the lower the held-out loss at the end",
+            x_label="tokens",
+            y_label="loss (nats per token)",
+            series=curves,
+            y_range=(low, high),
+        )
+        body.append("<h2>Curves</h2>" + charts_svg("", [chart]))
+    body.append("<h2>Points</h2>" + _table(axes, points, colors))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(name)}</title><style>{_STYLE}</style></head>\n<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _loss(point: SweepPoint) -> float | None:
+    finite = point.held_out_loss is not None and math.isfinite(point.held_out_loss)
+    return point.held_out_loss if point.state == "finished" and finite else None
+
+
+def _colors(points: Sequence[SweepPoint]) -> dict[str, str]:
+    """Light to dark by rank of the held-out loss."""
+    ranked = [p.name for p in points if _loss(p) is not None]
+    found = {p.name: _NO_LOSS for p in points}
+    for rank, name in enumerate(ranked):
+        share = rank / max(1, len(ranked) - 1)  # 0 for the best
+        light, dark = (190, 215, 245), (20, 50, 120)
+        found[name] = "#" + "".join(f"{round(d + (a - d) * share):02x}" for a, d in zip(light, dark, strict=True))
+    return found
+
+
+def _level_range(points: Sequence[SweepPoint]) -> tuple[float, float]:
+    """Without the fall of the first steps, which would squeeze the rest flat."""
+    late = [y for p in points for _, y in p.curve[len(p.curve) // 10 :]]
+    low, high = min(late), max(late)
+    return low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+
+
+def _coordinates(axes: Sequence[str], points: Sequence[SweepPoint], colors: dict[str, str]) -> str:
+    places = [_scale([p.values[a] for p in points]) for a in axes]
+    places.append(_scale([str(p.held_out_loss) for p in points]))
+    heads = [*axes, "held-out loss"]
+    step = (_WIDTH - 2 * _LEFT) / max(1, len(heads) - 1)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-size="11">']
+
+    def y(share: float) -> float:
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * share
+
+    for p in reversed(points):  # the best on top
+        values = [*(p.values[a] for a in axes), str(p.held_out_loss)]
+        line = " ".join(f"{_LEFT + i * step:.1f},{y(places[i][v]):.1f}" for i, v in enumerate(values))
+        tip = escape(f"{p.name}: {p.held_out_loss}")
+        parts.append(
+            f'<polyline points="{line}" fill="none" stroke="{colors[p.name]}" stroke-width="2"><title>{tip}</title></polyline>'
+        )
+    for i, head in enumerate(heads):
+        at = _LEFT + i * step
+        parts.append(
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(0):.1f}" y2="{y(1):.1f}" stroke="#555"/>'
+            f'<text x="{at:.1f}" y="20" text-anchor="middle" fill="#111">{escape(head)}</text>'
+        )
+        told = sorted(places[i].items(), key=lambda item: item[1])
+        if len(told) > 12:
+            told = [told[0], told[-1]]
+        for value, share in told:
+            text = f"{float(value):.4g}" if i == len(axes) else value
+            parts.append(f'<text x="{at + 5:.1f}" y="{y(share) + 4:.1f}" fill="#555">{escape(text[:24])}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _scale(values: Sequence[str]) -> dict[str, float]:
+    """Where each value stands on its axis, 0 to 1: numbers by size (by ratio where they span a factor of 8), words in turn."""
+    distinct = list(dict.fromkeys(values))
+    try:
+        numbers = {v: float(v) for v in distinct}
+    except ValueError:
+        return {v: i / max(1, len(distinct) - 1) for i, v in enumerate(distinct)}
+    if not all(map(math.isfinite, numbers.values())):
+        return {v: i / max(1, len(distinct) - 1) for i, v in enumerate(distinct)}
+    if min(numbers.values()) > 0 and max(numbers.values()) >= 8 * min(numbers.values()):
+        numbers = {v: math.log(x) for v, x in numbers.items()}
+    low, high = min(numbers.values()), max(numbers.values())
+    return {v: (x - low) / (high - low) if high > low else 0.5 for v, x in numbers.items()}
+
+
+def _table(axes: Sequence[str], points: Sequence[SweepPoint], colors: dict[str, str]) -> str:
+    heads = ["point", *axes, "state", "held-out loss", "parameters", "tokens", "steps (s)", "Wh (site)", "g CO2e"]
+    rows = []
+    for rank, p in enumerate(points):
+        best = ' class="best"' if rank == 0 and _loss(p) is not None else ""
+        numbers = [
+            "" if p.held_out_loss is None else f"{p.held_out_loss:.4f}",
+            "" if p.parameters is None else short(p.parameters),
+            short(p.tokens),
+            f"{p.steps_s:.1f}",
+            "" if p.energy_site_kwh is None else f"{1000 * p.energy_site_kwh:.3g}",
+            "" if p.co2e_kg is None else f"{1000 * p.co2e_kg:.3g}",
+        ]
+        state = f'<span class="failed">{escape(p.state)}: {escape(p.detail)}</span>' if p.detail else escape(p.state)
+        cells = [f'<svg viewBox="0 0 10 10" width="10"><rect width="10" height="10" fill="{colors[p.name]}"/></svg> '
+                 + escape(p.name), *(escape(p.values[a]) for a in axes), state, *numbers]  # fmt: skip
+        rows.append(f"<tr{best}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

@@ -1,0 +1,222 @@
+"""`arriero launch -m`: one command, many runs. Which points there are, where each lives, and how they are run.
+
+A sweep is a directory with a journal, `sweep.json`, and a run directory a point. A point is known by the content of its
+overrides, whatever their order and whatever else is swept: the same command finds it again, finished or not. The journal
+is written before anything is launched, and says only which points there are; how far each is stands in its run directory.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from orchestrator import launch as launching
+from orchestrator import spec as specs
+from orchestrator.errors import Failure, UserError
+from orchestrator.record import Event, JsonlWriter, read_events, utc_now
+from orchestrator.run_dir import RunDir
+from orchestrator.spec import RunSpec
+
+JOURNAL = "sweep.json"
+# Where and how a point runs, not what it computes: another cluster or a finer log makes no other point (unless it is swept).
+_NOT_CONTENT = {"cluster", "gpu", "layout", "checkpoint", "dashboard", "carbon", "spikes", "run_root", "name"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    id: str  # hash of its overrides' content
+    directory: str  # its run directory's name in the sweep's directory
+    overrides: list[str]  # without name and run_root, which the sweep gives
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    points: list[Point]
+
+    @staticmethod
+    def read(root: Path) -> "Journal":
+        """Raises UserError where there is none."""
+        try:
+            value = json.loads((root / JOURNAL).read_text(encoding="utf-8"))
+            return Journal(points=[Point(**point) for point in value["points"]])
+        except FileNotFoundError:
+            raise UserError(f"{root} is no sweep: it has no {JOURNAL}. `arriero launch -m` makes one") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{root / JOURNAL} cannot be read: {error}") from None
+
+    def write(self, root: Path) -> None:
+        """All or nothing, on the disk when it returns."""
+        temporary = root / f".{JOURNAL}.{os.getpid()}"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"format": 1, "points": [asdict(p) for p in self.points]}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(root / JOURNAL)
+
+
+def expand(overrides: Sequence[str]) -> tuple[str, list[Point]]:
+    """The sweep's name and its points, of overrides in Hydra's grammar. Raises UserError."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        lines = BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException as error:
+        raise UserError(f"{str(error).splitlines()[0]} ({' '.join(overrides)})") from None
+    swept = {o.get_key_element() for o in parsed if o.is_sweep_override()}
+    if clash := swept & {"name", "run_root"}:
+        raise UserError(f"{', '.join(sorted(clash))} cannot be swept: each point gets its own directory in the sweep's")
+    points: dict[str, Point] = {}
+    for line in lines:
+        values = dict(part.split("=", 1) for part in line if "=" in part)
+        content = sorted(p for p in line if p.split("=")[0] in swept or _top(p) not in _NOT_CONTENT)
+        kept = [p for p in line if p.split("=")[0] not in ("name", "run_root")]
+        readable = ",".join(f"{key.rsplit('.', 1)[-1]}={values[key]}" for key in sorted(swept))
+        readable = re.sub(r"[^A-Za-z0-9.,=+-]+", "_", readable)[:80] or "point"
+        name = _hash(content)
+        points.setdefault(name, Point(id=name, directory=f"{readable}-{name}", overrides=kept))
+    return _sweep_name(parsed, swept), list(points.values())
+
+
+def _top(override: str) -> str:
+    return re.split(r"[.@=]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+def _hash(content: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:10]
+
+
+def _sweep_name(parsed: Sequence[Override], swept: set[str]) -> str:
+    """`name=...` where it is given; else what is swept and a hash of what is fixed, so that more values extend the sweep."""
+    for override in parsed:
+        if override.get_key_element() == "name":
+            return str(override.get_value_element_as_str()).strip("'\"")
+    fixed = [
+        f"{o.get_key_element()}={'' if o.is_delete() else o.get_value_element_as_str()}"
+        for o in parsed
+        if not o.is_sweep_override()
+    ]
+    content = sorted(f for f in fixed if _top(f) not in _NOT_CONTENT)
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", f"sweep-{'+'.join(sorted(swept))}")[:80] + f"-{_hash(content)}"
+
+
+def launch_sweep(
+    overrides: Sequence[str], config_dir: Path | None = None, limit_parallel: int | None = None, wait: bool = False
+) -> int:
+    """Runs what is missing or failed of the sweep that `overrides` describe. 0 when all its points are finished, else 1."""
+    name, points = expand(overrides)
+    resolved = _composed(points, config_dir)
+    first = resolved[0]
+    if first.cluster.kind != "local":
+        raise UserError(
+            f"cluster={first.cluster.name} (kind {first.cluster.kind}): sweeps run on this machine only so far. "
+            f"Choose cluster=local, or launch each point by itself without -m"
+        )
+    if limit_parallel is not None and limit_parallel != 1:
+        raise UserError(
+            f"--limit-parallel {limit_parallel}: on cluster=local points run one after another (each takes the whole machine), "
+            f"so only 1 is possible"
+        )
+    root = (Path(first.run_root) / name).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    with _alone(root):
+        points = _entered(root, points)
+        todo: list[tuple[Point, RunSpec]] = []
+        for point, spec in zip(points, resolved, strict=True):
+            spec.name, spec.run_root = point.directory, str(root)
+            if not launching.is_finished(RunDir(root / point.directory)):
+                todo.append((point, spec))
+        shown = launching._short(root)
+        print(f"sweep {shown}: {len(points)} points, {len(points) - len(todo)} finished, {len(todo)} to run")
+        try:
+            ended = [_run(number, len(todo), point, spec) for number, (point, spec) in enumerate(todo, 1)]
+        except (KeyboardInterrupt, _Stopped) as stopped:
+            print(f"{stopped or 'stopped'}. To go on, run the same command again.")
+            return 1
+    print(f"{sum(ended)} of {len(todo)} finished; see them with `arriero sweep report {shown}`")
+    return 0 if all(ended) else 1
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _composed(points: Sequence[Point], config_dir: Path | None) -> list[RunSpec]:
+    """Every point, checked before any is launched."""
+    found, wrong = [], []
+    for point in points:
+        try:
+            found.append(specs.compose(point.overrides, config_dir))
+        except UserError as error:
+            wrong.append(f"{point.directory}: {error}")
+    if wrong:
+        more = f"\n... and {len(wrong) - 5} more points" if len(wrong) > 5 else ""
+        raise UserError(
+            f"{len(wrong)} of {len(points)} points cannot run; nothing was launched.\n" + "\n".join(wrong[:5]) + more
+        )
+    return found
+
+
+def _entered(root: Path, points: Sequence[Point]) -> list[Point]:
+    """The points as the journal has them, those that are new added to it."""
+    known = {p.id: p for p in Journal.read(root).points} if (root / JOURNAL).exists() else {}
+    journal = Journal(points=[*known.values(), *(p for p in points if p.id not in known)])
+    if len(journal.points) > len(known):
+        journal.write(root)
+    # A point keeps its directory, and takes what this command says of where and how it runs.
+    return [Point(id=p.id, directory=known.get(p.id, p).directory, overrides=p.overrides) for p in points]
+
+
+def _run(number: int, of: int, point: Point, spec: RunSpec) -> bool:
+    """One point to its end. What its launch prints goes to logs/launch.txt; its failure is recorded and takes no other down."""
+    run_dir = RunDir(Path(spec.run_root) / spec.name)
+    head = f"{number}/{of}  {point.directory}"
+    if run_dir.is_at_work():
+        print(f"{head}: is at work already", flush=True)
+        return False
+    print(f"{head} ...", flush=True)
+    started = time.monotonic()
+    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    failure = ""
+    try:
+        with (run_dir.logs / "launch.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            launching.launch(spec, point.overrides)
+    except (UserError, Failure) as error:
+        failure = str(error)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    took = f"{time.monotonic() - started:.0f} s"
+    if failure:
+        with JsonlWriter(run_dir.events / "launcher.jsonl") as events:
+            events.write(Event(time_utc=utc_now(), kind="failed", step=0, detail=failure), durable=True)
+        print(f"  failed after {took}: {failure.splitlines()[0]}", flush=True)
+        return False
+    if not launching.is_finished(run_dir):
+        raise _Stopped(f"stopped in {point.directory}, saved")
+    evaluated = [e.data["loss"] for e in read_events(run_dir.events) if e.kind == "evaluated" and "loss" in e.data]
+    print(f"  finished in {took}" + (f", held-out loss {evaluated[-1]:.4f}" if evaluated else ""), flush=True)
+    return True
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One command leads a sweep at a time; the system ends this with the process."""
+    with (root / ".at_work").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{root} is led by another `arriero launch -m` already: see `arriero sweep status`"
+            ) from None
+        except OSError:  # no locks on this file system: each run's own lease still keeps one writer
+            print(f"{root}: no locks here, so two commands could lead this sweep at once")
+        yield

@@ -1,0 +1,56 @@
+"""A real sweep through the command: a point that cannot run, the command again, status, report, page, fit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.words_run import environment, make_workplace, words
+
+
+def arriero(workplace: Path, *args: str) -> "subprocess.CompletedProcess[str]":
+    code = "import sys; from orchestrator.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(
+        command, cwd=workplace, env=environment(), capture_output=True, text=True, check=False, timeout=250
+    )
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_tells_its_failure_goes_on_and_reports(tmp_path: Path) -> None:
+    workplace = make_workplace(tmp_path)
+    command = [*words("sizes", "-m", "steps=6,8", "data.sources.a.path=a.jsonl,later.jsonl")]
+    command = [c for c in command if c != "steps=30"]
+
+    def launched() -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            command, cwd=workplace, env=environment(), capture_output=True, text=True, check=False, timeout=250
+        )
+
+    first = launched()
+    assert first.returncode == 1, first.stderr
+    assert "2 of 4 finished" in first.stdout
+    rows = json.loads(arriero(workplace, "sweep", "status", "runs/sizes", "--json").stdout)
+    assert sorted(r["state"] for r in rows) == ["failed", "failed", "finished", "finished"]
+    assert all("later.jsonl" in r["detail"] for r in rows if r["state"] == "failed")
+
+    (workplace / "later.jsonl").write_text((workplace / "a.jsonl").read_text())
+    again = launched()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "4 points, 2 finished, 2 to run" in again.stdout
+
+    told = arriero(workplace, "sweep", "report", "runs/sizes", "--json")
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)
+    assert set(found["axes"]) == {"steps", "data.sources.a.path"}
+    losses = [p["held_out_loss"] for p in found["points"]]
+    assert losses == sorted(losses)
+    assert all(p["energy_site_kwh"] is None or p["energy_site_kwh"] > 0 for p in found["points"])
+    page = (workplace / "runs" / "sizes" / "sweep.html").read_text()
+    assert "Parallel coordinates" in page
+    assert "<script" not in page
+    fit = arriero(workplace, "scaling", "fit", "runs/sizes")
+    assert fit.returncode == 2
+    assert "differ in model.vocab_size or in data" in fit.stderr

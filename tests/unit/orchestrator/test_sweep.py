@@ -1,0 +1,130 @@
+"""Which points a sweep has, where each lives, and how one that fails or is stopped leaves the others."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from orchestrator import launch, sweep
+from orchestrator.errors import Failure, UserError
+from orchestrator.record import Event, JsonlWriter, utc_now
+from orchestrator.run_dir import RunDir
+from orchestrator.spec import RunSpec
+
+
+def by_id(*overrides: str) -> dict[str, str]:
+    return {p.id: p.directory for p in sweep.expand(overrides)[1]}
+
+
+def test_hydras_grammar_makes_the_points() -> None:
+    _, points = sweep.expand(["model=nano,tiny", "optim.lr=choice(1e-3,3e-4)", "steps=range(100,300,100)", "seed=3"])
+    assert len(points) == 8
+    assert ["model=nano", "optim.lr=0.001", "steps=100", "seed=3"] in [p.overrides for p in points]
+    assert points[0].directory.startswith("model=nano,lr=0.001,steps=100-")
+
+
+def test_a_point_is_the_same_whatever_its_position_spelling_and_neighbours() -> None:
+    one = by_id("model=nano,tiny", "optim.lr=1e-3", "steps=10")
+    assert by_id("steps=10", "optim.lr=0.001", "model=tiny,nano").keys() == one.keys()
+    assert one.keys() < by_id("model=nano,tiny,small", "optim.lr=1e-3,2e-3", "steps=10").keys()
+    assert one.keys() == by_id("model=nano,tiny", "optim.lr=1e-3", "steps=10", "dashboard.wandb=online").keys()
+    assert not one.keys() & by_id("model=nano,tiny", "optim.lr=1e-3", "steps=11").keys()
+
+
+def test_a_point_that_is_named_twice_runs_once() -> None:
+    assert len(by_id("optim.lr=1e-3,0.001,3e-4")) == 2
+
+
+def test_more_values_extend_the_sweep_and_other_fixed_values_make_another() -> None:
+    name = sweep.expand(["optim.lr=1e-3", "steps=10,20"])[0]
+    assert sweep.expand(["steps=10,20,30", "optim.lr=0.001"])[0] == name
+    assert sweep.expand(["optim.lr=2e-3", "steps=10,20"])[0] != name
+    assert sweep.expand(["optim.lr=2e-3", "steps=10,20", "name=mine"])[0] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("name=a,b", "name cannot be swept"), ("steps=interval(1,2)", "interval"), ("steps=choice(1", "choice")],
+)
+def test_what_cannot_be_swept_is_told(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep.expand([override])
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Launches that train nothing: each writes that it finished, fails for lr 0.5 and is stopped for lr 0.25."""
+    monkeypatch.chdir(tmp_path)
+    names: list[str] = []
+
+    def pretend(spec: RunSpec, overrides: Sequence[str]) -> int:
+        names.append(spec.name)
+        journal = json.loads((Path(spec.run_root) / "sweep.json").read_text())
+        assert spec.name in [p["directory"] for p in journal["points"]]  # written before anything is launched
+        if spec.optim.lr == 0.5 and names.count(spec.name) == 1:
+            raise Failure("the run failed: the node burnt")
+        if spec.optim.lr == 0.25 and names.count(spec.name) == 1:
+            return 0  # stopped and saved
+        with JsonlWriter(RunDir(spec.run_dir).events / "attempt-0001.jsonl") as events:
+            events.write(Event(time_utc=utc_now(), kind="finished", step=spec.steps, detail="done", attempt=1))
+        return 0
+
+    monkeypatch.setattr(launch, "launch", pretend)
+    return names
+
+
+def test_a_failing_point_takes_no_other_down_and_is_all_that_runs_again(
+    ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model=nano", "name=lrs", "optim.lr=1e-3,0.5,2e-3"]
+    assert sweep.launch_sweep(words) == 1
+    assert len(ran) == 3
+    assert "failed after" in (told := capsys.readouterr().out)
+    assert "the node burnt" in told
+    assert "2 of 3 finished" in told
+    from orchestrator.sweep_report import status
+
+    assert [r["state"] for r in status(Path("runs/lrs"))] == ["finished", "failed", "finished"]
+    assert sweep.launch_sweep(words) == 0
+    assert len(ran) == 4
+    assert ran[3].startswith("lr=0.5-")
+    assert sweep.launch_sweep(words) == 0
+    assert len(ran) == 4
+
+
+def test_added_values_run_alone_and_the_others_keep_their_directories(ran: list[str]) -> None:
+    sweep.launch_sweep(["model=nano", "name=lrs", "optim.lr=1e-3,2e-3"])
+    before = sweep.Journal.read(Path("runs/lrs")).points
+    sweep.launch_sweep(["name=lrs", "optim.lr=3e-3,2e-3,1e-3", "model=nano,tiny"])
+    assert len(ran) == len(set(ran)) == 6
+    assert sweep.Journal.read(Path("runs/lrs")).points[:2] == before
+
+
+def test_a_sweep_that_is_stopped_goes_on_with_the_same_command(
+    ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model=nano", "name=lrs", "optim.lr=1e-3,0.25,2e-3"]
+    assert sweep.launch_sweep(words) == 1
+    assert "run the same command again" in capsys.readouterr().out
+    assert len(ran) == 2
+    assert sweep.launch_sweep(words) == 0
+    assert [name.split("-")[0] for name in ran[2:]] == ["lr=0.25", "lr=0.002"]
+
+
+def test_nothing_is_launched_when_one_point_cannot_be(ran: list[str]) -> None:
+    with pytest.raises(UserError, match="1 of 2 points cannot run; nothing was launched"):
+        sweep.launch_sweep(["model=nano", "model.n_heads=4,3"])
+    assert not ran
+    assert not Path("runs").exists()
+
+
+def test_two_commands_cannot_lead_one_sweep(ran: list[str], tmp_path: Path) -> None:
+    (tmp_path / "runs" / "lrs").mkdir(parents=True)
+    with sweep._alone(tmp_path / "runs" / "lrs"), pytest.raises(UserError, match="led by another"):
+        sweep.launch_sweep(["model=nano", "name=lrs", "optim.lr=1e-3,2e-3"])
+
+
+def test_what_is_no_sweep_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no sweep"):
+        sweep.Journal.read(tmp_path)
