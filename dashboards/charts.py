@@ -41,19 +41,20 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def charts_svg(title: str, charts: Sequence[Chart]) -> str:
-    width = WIDTH * len(charts)
+def charts_svg(title: str, charts: Sequence[Chart], each: int = WIDTH) -> str:
+    """`each`: the width of one chart."""
+    width = each * len(charts)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" font-family="system-ui, sans-serif" '
         f'font-size="11"><rect width="{width}" height="{HEIGHT}" fill="#fff"/>'
         f'<text x="{LEFT}" y="20" font-size="14" fill="#111">{escape(title)}</text>'
     ]
     for number, chart in enumerate(charts):
-        parts.append(f'<g transform="translate({number * WIDTH} 0)">{_chart(chart, f"clip{number}")}</g>')
+        parts.append(f'<g transform="translate({number * each} 0)">{_chart(chart, f"clip{number}", each)}</g>')
     return "".join(parts) + "</svg>\n"
 
 
-def _chart(chart: Chart, clip: str) -> str:
+def _chart(chart: Chart, clip: str, width: int) -> str:
     xs = [p[0] for s in chart.series for p in (*s.line, *s.dots, *s.ticks, *s.band, *s.bars)]
     ys = [p[1] for s in chart.series for p in (*s.line, *s.dots, *s.ticks)]
     ys += [v for s in chart.series for p in (*s.band, *s.bars) for v in p[1:]]
@@ -64,14 +65,14 @@ def _chart(chart: Chart, clip: str) -> str:
     y_low, y_high = (low, high) if chart.y_range else _padded(to_y(low), to_y(high), 0.06)
 
     def x(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (math.log(value) - x_low) / (x_high - x_low)
+        return LEFT + (width - LEFT - RIGHT) * (math.log(value) - x_low) / (x_high - x_low)
 
     def y(value: float) -> float:
         if chart.log_y and value <= 0:
             return HEIGHT * 2.0  # below the clip
         return TOP + (HEIGHT - TOP - BOTTOM) * (y_high - to_y(value)) / (y_high - y_low)
 
-    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    bottom, right = HEIGHT - BOTTOM, width - RIGHT
     parts = [
         f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{bottom - TOP}"/></clipPath>'
         f'<text x="{LEFT}" y="40" fill="#333">{escape(chart.title)}</text>'
@@ -117,7 +118,7 @@ def _chart(chart: Chart, clip: str) -> str:
     parts.append("</g>")
     at = float(LEFT)
     for s in (s for s in chart.series if s.label):
-        if at + 11 + 5.2 * len(s.label) > WIDTH:  # no room for more
+        if at + 11 + 5.2 * len(s.label) > width:  # no room for more
             parts.append(f'<text x="{at:.0f}" y="55" font-size="9" fill="#333">...</text>')
             break
         parts.append(

@@ -12,7 +12,7 @@ from dashboards.charts import Chart, Series, charts_svg, short
 _STYLE = (
     "body{font:14px system-ui,sans-serif;margin:24px auto;max-width:1100px;padding:0 16px;color:#111;background:#fff}"
     "table{border-collapse:collapse;width:100%;font-size:12px}td,th{padding:3px 8px;border-bottom:1px solid #e5e5e5;"
-    "text-align:right}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}"
+    "text-align:right}td:first-child,th:first-child{text-align:left}svg{max-width:100%}"
     ".failed{color:#b91c1c}.muted{color:#666}tr.best{background:#ecfdf5}"
 )
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 1000, 330, 60, 40, 24
@@ -60,7 +60,7 @@ def sweep_page(
             series=curves,
             y_range=(low, high),
         )
-        body.append("<h2>Curves</h2>" + charts_svg("", [chart]))
+        body.append("<h2>Curves</h2>" + charts_svg("", [chart], 1000))
     body.append("<h2>Points</h2>" + _table(axes, points, colors))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -155,7 +155,7 @@ def _table(axes: Sequence[str], points: Sequence[SweepPoint], colors: dict[str, 
             "" if p.co2e_kg is None else f"{1000 * p.co2e_kg:.3g}",
         ]
         state = f'<span class="failed">{escape(p.state)}: {escape(p.detail)}</span>' if p.detail else escape(p.state)
-        cells = [f'<svg viewBox="0 0 10 10" width="10"><rect width="10" height="10" fill="{colors[p.name]}"/></svg> '
+        cells = [f'<svg viewBox="0 0 10 10" width="10" height="10"><rect width="10" height="10" fill="{colors[p.name]}"/></svg> '
                  + escape(p.name), *(escape(p.values[a]) for a in axes), state, *numbers]  # fmt: skip
         rows.append(f"<tr{best}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)

@@ -1,6 +1,7 @@
 """Which points a sweep has, where each lives, and how one that fails or is stopped leaves the others."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,21 @@ def test_hydras_grammar_makes_the_points() -> None:
     assert len(points) == 8
     assert ["model=nano", "optim.lr=0.001", "steps=100", "seed=3"] in [p.overrides for p in points]
     assert points[0].directory.startswith("model=nano,lr=0.001,steps=100-")
+
+
+def test_glob_chooses_among_the_packages_groups_and_the_users(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "llama_mine.yaml").write_text("name: mine\n")
+    chosen = [p.overrides[0] for p in sweep.expand(["model=glob(llama*)"], tmp_path)[1]]
+    assert "model=llama_7b" in chosen
+    assert "model=llama_mine" in chosen
+    assert "model=nano" not in chosen
+
+
+def test_many_points_are_checked_together_and_told_together() -> None:
+    with pytest.raises(UserError, match="20 of 40 points cannot run") as told:
+        sweep.launch_sweep(["model=nano", "steps=range(101,121)", "model.n_heads=4,3"])
+    assert "and 15 more points" in str(told.value)
 
 
 def test_a_point_is_the_same_whatever_its_position_spelling_and_neighbours() -> None:
@@ -123,6 +139,24 @@ def test_two_commands_cannot_lead_one_sweep(ran: list[str], tmp_path: Path) -> N
     (tmp_path / "runs" / "lrs").mkdir(parents=True)
     with sweep._alone(tmp_path / "runs" / "lrs"), pytest.raises(UserError, match="led by another"):
         sweep.launch_sweep(["model=nano", "name=lrs", "optim.lr=1e-3,2e-3"])
+
+
+def test_the_commands_of_the_documentation_are_valid() -> None:
+    """Each `launch -m` line has points that compose; each other line is a command."""
+    from orchestrator.cli import _parser
+    from orchestrator.spec import compose
+
+    root = Path(__file__).resolve().parents[3]
+    lines = [line for page in ("sweeps", "scaling") for line in (root / f"docs/{page}.md").read_text().splitlines()]
+    lines = [shlex.split(line)[1:] for line in lines if line.startswith(("arriero launch -m", "arriero sweep"))]
+    assert len(lines) >= 3
+    for words in lines:
+        args = _parser().parse_args(words)
+        if words[0] == "launch":
+            config_dir = root / args.config_dir if args.config_dir else None
+            points = sweep.expand(args.overrides, config_dir)[1]
+            assert len(points) > 1
+            assert compose(points[0].overrides, config_dir)
 
 
 def test_what_is_no_sweep_is_said(tmp_path: Path) -> None:
