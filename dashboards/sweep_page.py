@@ -32,13 +32,21 @@ class SweepPoint:
     energy_site_kwh: float | None  # times PUE
     co2e_kg: float | None
     curve: list[tuple[float, float]]  # tokens, training loss
-    detail: str  # why it failed
+    detail: str  # why it failed or was dropped
 
 
 def sweep_page(
-    name: str, axes: Sequence[str], points: Sequence[SweepPoint], energy_site_kwh: float | None, co2e_kg: float | None
+    name: str,
+    axes: Sequence[str],
+    points: Sequence[SweepPoint],
+    energy_site_kwh: float | None,
+    co2e_kg: float | None,
+    saved: str = "",
 ) -> str:
-    """The whole file. `points` best first. Its content security policy lets no script run and no request leave."""
+    """The whole file. `points` best first; `saved`: what halving saved, in words.
+
+    Its content security policy lets no script run and no request leave.
+    """
     colors = _colors(points)
     digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     finished = sum(p.state == "finished" for p in points)
@@ -46,7 +54,11 @@ def sweep_page(
     if energy_site_kwh is not None:
         summary.append(f"{1000 * energy_site_kwh:.3g} Wh")
     summary.append(f"{1000 * co2e_kg:.3g} g CO2e" if co2e_kg is not None else "no carbon intensity is configured")
-    body = [f"<h1>{escape(name)}</h1><p>{escape(', '.join(summary))} (all points together, each device once)</p>"]
+    if saved:
+        summary.append(saved)
+    body = [
+        f"<h1>{escape(name)}</h1><p>{escape(', '.join(summary))} (energy of all points together, each device once)</p>"
+    ]
     shown = [p for p in points if _loss(p) is not None]
     if shown and axes:
         body.append("<h2>Parallel coordinates</h2>" + _coordinates(axes, shown, colors))

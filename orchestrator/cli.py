@@ -70,7 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         "runs what is missing or failed",
     )
     launch.add_argument("--limit-parallel", type=int, default=None, metavar="N", help="of a sweep, points at one time")
-    launch.add_argument("--wait", action="store_true", help="of a sweep, come back when all points have ended")
+    launch.add_argument(
+        "--halving",
+        type=int,
+        metavar="STEP",
+        help="of a sweep, successive halving: after STEP steps the better half goes on to twice as many, and so on",
+    )
 
     cluster = commands.add_parser(
         "cluster",
@@ -315,9 +320,9 @@ def _launch(args: argparse.Namespace) -> int:
     if args.multirun:
         from orchestrator.sweep import launch_sweep
 
-        return launch_sweep(args.overrides, args.config_dir, args.limit_parallel, args.wait)
-    if args.wait or args.limit_parallel is not None:
-        raise UserError("--wait and --limit-parallel are of a sweep: add -m")
+        return launch_sweep(args.overrides, args.config_dir, args.limit_parallel, args.halving)
+    if args.halving is not None or args.limit_parallel is not None:
+        raise UserError("--halving and --limit-parallel are of a sweep: add -m")
 
     return launch.launch(spec.compose(args.overrides, args.config_dir), args.overrides)
 

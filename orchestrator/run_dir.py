@@ -87,6 +87,16 @@ class RunDir:
         """Faults to be injected (orchestrator/faults.py); no run has this file but those of `arriero chaos` and the tests."""
         return self.root / "faults.json"
 
+    @property
+    def pause(self) -> Path:
+        """One number: the step after which the run saves and ends for now, put there by a sweep's successive halving."""
+        return self.root / "pause_at_step.txt"
+
+    def pause_step(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError):
+            return int(self.pause.read_text())
+        return None
+
     def next_attempt(self) -> int:
         """1 for the first start; each start takes the next number."""
         taken = [int(p.stem.removeprefix("attempt-")) for p in self.events.glob("attempt-*.jsonl")]

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path
@@ -27,6 +28,7 @@ from hydra.errors import HydraException
 
 from orchestrator import launch as launching
 from orchestrator import spec as specs
+from orchestrator.columns import read_columns
 from orchestrator.errors import Failure, UserError
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
@@ -119,9 +121,16 @@ def _sweep_name(parsed: Sequence[Override], swept: set[str]) -> str:
 
 
 def launch_sweep(
-    overrides: Sequence[str], config_dir: Path | None = None, limit_parallel: int | None = None, wait: bool = False
+    overrides: Sequence[str],
+    config_dir: Path | None = None,
+    limit_parallel: int | None = None,
+    halving: int | None = None,
 ) -> int:
-    """Runs what is missing or failed of the sweep that `overrides` describe. 0 when all its points are finished, else 1."""
+    """Runs what is missing or failed of the sweep that `overrides` describe. 0 when none of it failed, else 1.
+
+    `halving`: successive halving (arXiv 1502.07943) from that step on: every point trains so far, the better half goes on to
+    twice as many steps, and so on.
+    """
     name, points = expand(overrides, config_dir)
     resolved = _composed(points, config_dir)
     first = resolved[0]
@@ -135,24 +144,100 @@ def launch_sweep(
             f"--limit-parallel {limit_parallel}: on cluster=local points run one after another (each takes the whole machine), "
             f"so only 1 is possible"
         )
+    if halving is not None:
+        _refuse_unequal(halving, resolved)
     root = (Path(first.run_root) / name).resolve()
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
         points = _entered(root, points)
-        todo: list[tuple[Point, RunSpec]] = []
         for point, spec in zip(points, resolved, strict=True):
             spec.name, spec.run_root = point.directory, str(root)
-            if not launching.is_finished(RunDir(root / point.directory)):
-                todo.append((point, spec))
+        todo = [(p, s) for p, s in zip(points, resolved, strict=True) if not _finished(s)]
         shown = launching._short(root)
         print(f"sweep {shown}: {len(points)} points, {len(points) - len(todo)} finished, {len(todo)} to run")
         try:
-            ended = [_run(number, len(todo), point, spec) for number, (point, spec) in enumerate(todo, 1)]
+            if halving is not None:
+                ok = _halve(list(zip(points, resolved, strict=True)), halving)
+            else:
+                ok = all([_run(f"{n}/{len(todo)}", p, s) for n, (p, s) in enumerate(todo, 1)])
         except (KeyboardInterrupt, _Stopped) as stopped:
-            print(f"{stopped or 'stopped'}. To go on, run the same command again.")
+            print(f"{str(stopped) or 'stopped'}. To go on, run the same command again.")
             return 1
-    print(f"{sum(ended)} of {len(todo)} finished; see them with `arriero sweep report {shown}`")
-    return 0 if all(ended) else 1
+    print(f"{sum(_finished(s) for _, s in todo)} of {len(todo)} finished; see them with `arriero sweep report {shown}`")
+    return 0 if ok else 1
+
+
+def _finished(spec: RunSpec) -> bool:
+    return launching.is_finished(RunDir(spec.run_dir))
+
+
+def _refuse_unequal(halving: int, resolved: Sequence[RunSpec]) -> None:
+    """Losses of one step tell who is ahead only where a step is the same for all."""
+    if halving < 1:
+        raise UserError(f"--halving {halving} must be at least 1: the step of the first comparison")
+    for name, values in (
+        ("steps", {s.steps for s in resolved}),
+        ("tokens in a step", {s.batch_tokens for s in resolved}),
+        ("model.vocab_size", {s.model.vocab_size for s in resolved}),
+        ("data", {str(s.data) for s in resolved}),
+    ):
+        if len(values) > 1:
+            told = "" if name == "data" else f" ({', '.join(str(v) for v in sorted(values))})"
+            raise UserError(
+                f"--halving compares points by their loss at one step, and these differ in {name}{told}: sweep without it"
+            )
+
+
+def _halve(points: list[tuple[Point, RunSpec]], first_step: int) -> bool:
+    """Whether none failed. Each comparison is of all who came so far, so that a command that was cut off decides alike again."""
+    steps = points[0][1].steps
+    alive, rung, ok = points, first_step, True
+    while alive:
+        at = min(rung, steps)
+        todo = [(p, s) for p, s in alive if not _finished(s) and _steps_done(s) < at]
+        for number, (p, s) in enumerate(todo, 1):
+            ok &= _run(f"step {at}: {number}/{len(todo)}", p, s, pause_step=at if at < steps else None)
+        if at == steps:
+            break
+        losses = {p.id: loss for p, s in alive if (loss := _loss_at(s, at)) is not None}
+        ranked = sorted(((losses[p.id], p.id, s) for p, s in alive if p.id in losses), key=lambda r: r[:2])
+        keep = {name for _, name, _ in ranked[: (len(ranked) + 1) // 2]}
+        for rank, (loss, name, spec) in enumerate(ranked, 1):
+            if name not in keep and not _finished(spec) and not _dropped(spec):
+                _tell(spec, "dropped", at, f"{rank} of {len(ranked)} at step {at}, with loss {loss:.4f}")
+        alive = [(p, s) for p, s in alive if p.id in keep]
+        print(f"at step {at} the better {len(keep)} of {len(ranked)} go on", flush=True)
+        rung *= 2
+    dropped = [s for _, s in points if not _finished(s) and _dropped(s)]
+    saved = sum(steps - _steps_done(s) for s in dropped)
+    print(
+        f"halving: {len(dropped)} of {len(points)} points dropped, {saved / (steps * len(points)):.0%} of all steps saved"
+    )
+    return ok
+
+
+def _dropped(spec: RunSpec) -> bool:
+    events = read_events(RunDir(spec.run_dir).events)
+    return bool(events) and events[-1].kind == "dropped"
+
+
+def _steps_done(spec: RunSpec) -> int:
+    newest = launching.last_record(RunDir(spec.run_dir))
+    return newest.step if newest else 0
+
+
+def _loss_at(spec: RunSpec, step: int) -> float | None:
+    """Mean training loss of the tenth of the steps before `step`; None where it was not reached, or diverged."""
+    columns = read_columns(RunDir(spec.run_dir).records)
+    kept = columns.where(columns.kept())
+    loss = kept["loss"][(kept["step"] > 0.9 * step) & (kept["step"] <= step)]
+    reached = len(kept) and kept["step"][-1] >= step
+    return float(loss.mean()) if reached and np.isfinite(loss).all() else None
+
+
+def _tell(spec: RunSpec, kind: str, step: int, detail: str) -> None:
+    with JsonlWriter(RunDir(spec.run_dir).events / "launcher.jsonl") as events:
+        events.write(Event(time_utc=utc_now(), kind=kind, step=step, detail=detail), durable=True)
 
 
 class _Stopped(Exception):
@@ -194,16 +279,20 @@ def _entered(root: Path, points: Sequence[Point]) -> list[Point]:
     return [Point(id=p.id, directory=known.get(p.id, p).directory, overrides=p.overrides) for p in points]
 
 
-def _run(number: int, of: int, point: Point, spec: RunSpec) -> bool:
-    """One point to its end. What its launch prints goes to logs/launch.txt; its failure is recorded and takes no other down."""
-    run_dir = RunDir(Path(spec.run_root) / spec.name)
-    head = f"{number}/{of}  {point.directory}"
+def _run(head: str, point: Point, spec: RunSpec, pause_step: int | None = None) -> bool:
+    """One point to its end, or to `pause_step`; False where it failed. What its launch prints goes to logs/launch.txt; its
+    failure is recorded and takes no other down."""
+    run_dir = RunDir(spec.run_dir)
     if run_dir.is_at_work():
-        print(f"{head}: is at work already", flush=True)
+        print(f"{head}  {point.directory}: is at work already", flush=True)
         return False
-    print(f"{head} ...", flush=True)
+    print(f"{head}  {point.directory} ...", flush=True)
     started = time.monotonic()
     run_dir.logs.mkdir(parents=True, exist_ok=True)
+    if pause_step:
+        run_dir.pause.write_text(f"{pause_step}\n")
+    else:
+        run_dir.pause.unlink(missing_ok=True)
     failure = ""
     try:
         with (run_dir.logs / "launch.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
@@ -212,13 +301,16 @@ def _run(number: int, of: int, point: Point, spec: RunSpec) -> bool:
         failure = str(error)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
+    finally:
+        run_dir.pause.unlink(missing_ok=True)
     took = f"{time.monotonic() - started:.0f} s"
     if failure:
-        with JsonlWriter(run_dir.events / "launcher.jsonl") as events:
-            events.write(Event(time_utc=utc_now(), kind="failed", step=0, detail=failure), durable=True)
+        _tell(spec, "failed", 0, failure)
         print(f"  failed after {took}: {failure.splitlines()[0]}", flush=True)
         return False
-    if not launching.is_finished(run_dir):
+    if not _finished(spec):
+        if pause_step and _steps_done(spec) >= pause_step:
+            return True
         raise _Stopped(f"stopped in {point.directory}, saved")
     evaluated = [e.data["loss"] for e in read_events(run_dir.events) if e.kind == "evaluated" and "loss" in e.data]
     print(f"  finished in {took}" + (f", held-out loss {evaluated[-1]:.4f}" if evaluated else ""), flush=True)

@@ -28,6 +28,7 @@ class SweepReport:
     root: Path
     axes: list[str]  # overrides that differ between points
     points: list[SweepPoint]  # best first; those without a held-out loss last
+    steps_saved_share: float  # of all steps, those that points dropped by halving did not train
     total: CarbonStatement | None  # of all points: each physical device counts once
 
     def as_json(self) -> dict[str, Any]:
@@ -38,6 +39,7 @@ class SweepReport:
             "sweep": str(self.root),
             "axes": self.axes,
             "points": [{n: getattr(p, n) for n in names} for p in self.points],
+            "steps_saved_share": self.steps_saved_share,
             "energy_site_kwh": _central(self.total, "site_energy_kwh"),
             "co2e_kg": _central(self.total, "co2e_kg"),
         }
@@ -72,7 +74,8 @@ def _status(root: Path, point: Point) -> dict[str, Any]:
 
 
 def _state(run_dir: RunDir, events: list[Event]) -> tuple[str, str]:
-    """finished, running, failed, stopped (saved, to go on), interrupted (without a word) or waiting; and why it failed."""
+    """finished, running, failed, dropped (by halving), stopped (saved, to go on), interrupted (without a word) or waiting; and
+    why it failed or was dropped."""
     if any(e.kind == "finished" for e in events):
         return "finished", ""
     if run_dir.is_at_work():
@@ -80,8 +83,8 @@ def _state(run_dir: RunDir, events: list[Event]) -> tuple[str, str]:
     if not events:
         return "waiting", ""
     last = events[-1]
-    if last.kind == "failed":
-        return "failed", last.detail.splitlines()[0]
+    if last.kind in ("failed", "dropped"):
+        return last.kind, last.detail.splitlines()[0]
     return ("stopped" if last.kind == "stopped" else "interrupted"), ""
 
 
@@ -120,7 +123,16 @@ def report(root: Path) -> SweepReport:
     by_run = dict(zip(begun, statements, strict=False))
     found = [_point(root, p, {a: values[p.directory].get(a, "") for a in axes}, by_run) for p in points]
     found.sort(key=lambda p: p.held_out_loss if p.held_out_loss is not None and p.state == "finished" else math.inf)
-    return SweepReport(root=root, axes=axes, points=found, total=statements[-1])
+    rows = [_status(root, p) for p in points]
+    planned = sum(r["steps"] or 0 for r in rows)
+    saved = sum(r["steps"] - r["step"] for r in rows if r["state"] == "dropped")
+    return SweepReport(
+        root=root,
+        axes=axes,
+        points=found,
+        steps_saved_share=saved / planned if planned else 0.0,
+        total=statements[-1],
+    )
 
 
 def _point(root: Path, point: Point, values: dict[str, str], by_run: dict[Path, CarbonStatement]) -> SweepPoint:
@@ -166,6 +178,8 @@ def markdown(found: SweepReport) -> str:
     energy, carbon = _central(found.total, "site_energy_kwh"), _central(found.total, "co2e_kg")
     together = f"{_thousandths(energy)} Wh (site)" if energy is not None else "no energy was measured"
     together += f", {_thousandths(carbon)} g CO2e" if carbon is not None else ", no carbon intensity is configured"
+    if found.steps_saved_share:
+        lines += ["", f"Successive halving saved {found.steps_saved_share:.0%} of all steps."]
     lines += ["", f"All points together, each device once: {together}"]
     return "\n".join(lines) + "\n"
 
@@ -184,6 +198,7 @@ def write_page(found: SweepReport, output: Path) -> Path:
         found.points,
         _central(found.total, "site_energy_kwh"),
         _central(found.total, "co2e_kg"),
+        f"halving saved {found.steps_saved_share:.0%} of all steps" if found.steps_saved_share else "",
     )
     temporary = output.with_name(f".{output.name}.new")
     temporary.write_text(text, encoding="utf-8")

@@ -148,7 +148,13 @@ def _train(
 
         make = partial(FaultyTrainer, faults=directory.faults)
         recorder.event("faults", 0, f"faults are injected on purpose: {directory.faults}")
-    trainer = make(config, ranks, loader, store, recorder, lambda: stop.requested is not None, watch, here.node)
+    pause_step = directory.pause_step()
+
+    def stop_requested() -> bool:
+        paused = pause_step is not None and trainer.step + 1 >= pause_step
+        return paused or stop.requested is not None
+
+    trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node)
     ended = trainer.run()
     if ended == "failed":
         recorder.event("failed", trainer.step, f"step {trainer.step}: {watch.said}; {_GO_ON}")

@@ -54,3 +54,17 @@ def test_a_sweep_runs_tells_its_failure_goes_on_and_reports(tmp_path: Path) -> N
     fit = arriero(workplace, "scaling", "fit", "runs/sizes")
     assert fit.returncode == 2
     assert "differ in model.vocab_size or in data" in fit.stderr
+
+
+@pytest.mark.slow
+def test_halving_pauses_real_runs_at_the_step_and_goes_on_with_the_best(tmp_path: Path) -> None:
+    workplace = make_workplace(tmp_path)
+    command = [*words("rates", "-m", "--halving=10", "optim.lr=1e-7,4e-3")]
+    done = subprocess.run(
+        command, cwd=workplace, env=environment(), capture_output=True, text=True, check=False, timeout=250
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(arriero(workplace, "sweep", "status", "runs/rates", "--json").stdout)
+    told = {r["point"].split("-")[0]: (r["state"], r["step"]) for r in rows}
+    assert told == {"lr=1e": ("dropped", 10), "lr=0.004": ("finished", 30)}
+    assert "33% of all steps saved" in done.stdout

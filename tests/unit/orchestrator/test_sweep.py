@@ -9,9 +9,9 @@ import pytest
 
 from orchestrator import launch, sweep
 from orchestrator.errors import Failure, UserError
-from orchestrator.record import Event, JsonlWriter, utc_now
+from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
 from orchestrator.run_dir import RunDir
-from orchestrator.spec import RunSpec
+from orchestrator.spec import RunSpec, to_yaml
 
 
 def by_id(*overrides: str) -> dict[str, str]:
@@ -133,6 +133,84 @@ def test_nothing_is_launched_when_one_point_cannot_be(ran: list[str]) -> None:
         sweep.launch_sweep(["model=nano", "model.n_heads=4,3"])
     assert not ran
     assert not Path("runs").exists()
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, int]]:
+    """Launches that write the records of a training, up to the step where they are told to pause: low rates learn slower."""
+    monkeypatch.chdir(tmp_path)
+    launches: list[tuple[str, int]] = []
+
+    def pretend(spec: RunSpec, overrides: Sequence[str]) -> int:
+        run_dir = RunDir(spec.run_dir)
+        run_dir.spec.write_text(to_yaml(spec))
+        last = launch.last_record(run_dir)
+        until = run_dir.pause_step() or spec.steps
+        attempt = run_dir.next_attempt()
+        launches.append((spec.name.split("-")[0], until))
+        with JsonlWriter(run_dir.attempt_file(run_dir.records, attempt)) as records:
+            for step in range(last.step + 1 if last else 1, until + 1):
+                fields = dict.fromkeys(("grad_norm", "lr", "step_s", "tokens_per_s"), 1.0)
+                loss = 5 - 100 * spec.optim.lr * step / spec.steps
+                records.write(
+                    StepRecord(
+                        time_utc=utc_now(), attempt=attempt, step=step, tokens=step, loss=loss, mfu=None, **fields
+                    )
+                )
+        with JsonlWriter(run_dir.attempt_file(run_dir.events, attempt)) as events:
+            kind = "finished" if until == spec.steps else "stopped"
+            events.write(Event(time_utc=utc_now(), kind="started", step=0, detail="", attempt=attempt))
+            events.write(Event(time_utc=utc_now(), kind=kind, step=until, detail="", attempt=attempt))
+        return 0
+
+    monkeypatch.setattr(launch, "launch", pretend)
+    return launches
+
+
+def test_halving_trains_the_better_half_on_and_reports_what_it_saved(
+    trained: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model=nano", "name=lrs", "steps=80", "optim.lr=1e-3,2e-3,3e-3,4e-3"]
+    assert sweep.launch_sweep(words, halving=20) == 0
+    first = [(f"lr={lr}", 20) for lr in ("0.001", "0.002", "0.003", "0.004")]
+    assert trained == [*first, ("lr=0.003", 40), ("lr=0.004", 40), ("lr=0.004", 80)]
+    # 60 + 60 + 40 of 320 steps were not trained
+    assert "3 of 4 points dropped, 50% of all steps saved" in capsys.readouterr().out
+    from orchestrator.sweep_report import report, status
+
+    assert [r["state"] for r in status(Path("runs/lrs"))] == ["dropped", "dropped", "dropped", "finished"]
+    assert report(Path("runs/lrs")).steps_saved_share == 0.5
+
+    assert sweep.launch_sweep(words, halving=20) == 0  # what was dropped stays so
+    assert len(trained) == 7
+    assert sweep.launch_sweep(words) == 0  # but for a command that wants all
+    assert [until for _, until in trained[7:]] == [80, 80, 80]
+
+
+def test_halving_goes_on_where_it_was_cut_off(trained: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["model=nano", "name=lrs", "steps=80", "optim.lr=1e-3,2e-3,3e-3,4e-3"]
+    pretend, left = launch.launch, [5]
+
+    def cut(spec: RunSpec, overrides: Sequence[str]) -> int:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return pretend(spec, overrides)
+
+    monkeypatch.setattr(launch, "launch", cut)
+    assert sweep.launch_sweep(words, halving=20) == 1
+    assert sweep.launch_sweep(words, halving=20) == 0
+    assert len(trained) == len(set(trained)) == 7
+
+
+@pytest.mark.parametrize(
+    ("swept", "message"),
+    [("steps=80,90", "differ in steps"), ("optim.batch_sequences=8,16", "differ in tokens in a step")],
+)
+def test_halving_refuses_points_whose_steps_are_not_alike(ran: list[str], swept: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep.launch_sweep(["model=nano", "name=x", swept], halving=20)
+    assert not ran
 
 
 def test_two_commands_cannot_lead_one_sweep(ran: list[str], tmp_path: Path) -> None:
