@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:  # overrides on both sides of an option, which argparse does not put together
         args.overrides += rest
     from orchestrator.errors import Failure, UserError
+    from slurm.request import CannotSubmit
     from slurm.virtual import ClusterError
 
     handler: Handler = args.handler
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ClusterError) as error:
         print(f"arriero: {error}", file=sys.stderr)
         return 2
-    except Failure as error:
+    except (Failure, CannotSubmit) as error:
         print(f"arriero: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `arriero ... | head`
@@ -76,6 +77,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="of a sweep, successive halving: after STEP steps the better half goes on to twice as many, and so on",
     )
+
+    launch.add_argument("--dry-run", action="store_true", help="print the sbatch script, and submit nothing")
+
+    resume = _command(commands, "resume", _resume, "go on with a run as its directory says, from its newest checkpoint")
+    resume.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    cancel = _command(commands, "cancel", _cancel, "stop a run, saved; `resume` goes on with it")
+    cancel.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    status = _command(commands, "status", _status, "where a run stands, or all of them")
+    status.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories (default: all below runs)")
+    _takes_json(status)
+    runs = _command(commands, "runs", _runs, "every run below a folder: state, step, loss, speed, starts")
+    runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="default: runs")
+    _takes_json(runs)
+    logs = _command(commands, "logs", _logs, "what the ranks print, errors first")
+    logs.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    logs.add_argument("--rank", type=int, help="of one rank only")
+    logs.add_argument("--lines", type=int, default=20, help="the last lines of each log (default 20)")
+    logs.add_argument("--follow", action="store_true", help="go on printing what comes; Ctrl-C ends")
+    _takes_json(logs)
 
     cluster = commands.add_parser(
         "cluster",
@@ -324,7 +344,38 @@ def _launch(args: argparse.Namespace) -> int:
     if args.halving is not None or args.limit_parallel is not None:
         raise UserError("--halving and --limit-parallel are of a sweep: add -m")
 
-    return launch.launch(spec.compose(args.overrides, args.config_dir), args.overrides)
+    return launch.launch(spec.compose(args.overrides, args.config_dir), args.overrides, dry_run=args.dry_run)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from orchestrator import control
+
+    return control.resume(args.run)
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from orchestrator import control
+
+    return control.cancel(args.run)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from orchestrator import registry
+
+    folders = args.runs or [Path("runs")]
+    return registry.show(registry.rows(folders), as_json=args.json, details=len(args.runs) == 1)
+
+
+def _runs(args: argparse.Namespace) -> int:
+    from orchestrator import registry
+
+    return registry.show(registry.rows([args.folder]), as_json=args.json, details=False)
+
+
+def _logs(args: argparse.Namespace) -> int:
+    from orchestrator import control
+
+    return control.logs(args.run, rank=args.rank, lines=args.lines, follow=args.follow, as_json=args.json)
 
 
 def _config(args: argparse.Namespace) -> int:

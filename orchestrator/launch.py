@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -21,13 +22,14 @@ from model.data.prepare import PreparedData, prepare
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
 from orchestrator.errors import Failure, UserError
-from orchestrator.record import Event, StepRecord, kept_steps, read_all_steps, read_events, utc_now
+from orchestrator.record import Event, JsonlWriter, StepRecord, kept_steps, read_all_steps, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.show import write_page
+from orchestrator.snapshot import snapshot
 from orchestrator.spec import RunSpec
 from orchestrator.spikes.watch import stopped_for_a_person
 from slurm.request import JobRequest
-from slurm.submit import Job, submit
+from slurm.submit import Job, find, sbatch_script, submit, submit_once
 
 WORKER = "orchestrator.worker:main"
 _STRIPE = 0.25  # seconds between two looks at a run that is followed
@@ -50,14 +52,14 @@ _MAY_CHANGE = (
 )
 
 
-def launch(spec: RunSpec, overrides: Sequence[str]) -> int:
-    """Makes or finds the run directory, prepares the data, submits, and follows the run to its end."""
+def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> int:
+    """Makes or finds the run directory, prepares the data, submits; on this machine also follows the run to its end."""
     console = Console(highlight=False, soft_wrap=True)
     if missing := spec.layout.not_built():
         raise UserError("\n".join(missing))
-    if spec.cluster.kind != "local":
-        raise UserError(f"cluster.kind={spec.cluster.kind}: only cluster=local can be launched so far")
     run_dir = RunDir(spec.run_dir.resolve())
+    if dry_run:
+        return _dry_run(spec, run_dir)
     if is_finished(run_dir) and not _changed(run_dir, spec):
         console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
         _print_summary(console, spec, run_dir)
@@ -72,10 +74,17 @@ def launch(spec: RunSpec, overrides: Sequence[str]) -> int:
             f"{_short(run_dir.root)} was stopped for a person to look at it.\n{why}\n"
             "To go on from its newest checkpoint, change what spikes.* allows, or choose spikes=watch."
         )
+    if spec.cluster.kind == "slurm" and (job_id := find(run_dir.submission)):
+        console.print(f"{spec.name} is in the queue already, or runs: job {job_id}")
+        _print_what_next(console, run_dir)
+        return 0
     write_run_dir(spec, run_dir, overrides)
     prepared = _prepare(console, spec)
     run_dir.data.write_text(f"{prepared.root.resolve()}\n")
     _print_mix(console, spec, prepared)
+    run_dir.cancelled.unlink(missing_ok=True)
+    if spec.cluster.kind == "slurm":
+        return _submit(console, spec, run_dir)
     before = len(read_events(run_dir.events))
     job = submit(JobRequest(name=spec.name, entry=WORKER, run_dir=str(run_dir.root), cluster=spec.cluster))
     console.print(f"job {job.id} on {spec.cluster.name}, {spec.cluster.gpus} rank(s); logs in {_short(run_dir.logs)}")
@@ -92,6 +101,43 @@ def launch(spec: RunSpec, overrides: Sequence[str]) -> int:
         return 0
     _print_summary(console, spec, run_dir)
     return 0
+
+
+def _request(spec: RunSpec, run_dir: RunDir, dry_run: bool = False) -> JobRequest:
+    code = snapshot(run_dir.code, dry_run) if spec.cluster.kind == "slurm" else None
+    return JobRequest(
+        name=spec.name, entry=WORKER, run_dir=str(run_dir.root), cluster=spec.cluster, code=str(code) if code else None
+    )
+
+
+def _dry_run(spec: RunSpec, run_dir: RunDir) -> int:
+    """Prints what would be submitted, and writes nothing."""
+    if spec.cluster.kind != "slurm":
+        raise UserError(
+            f"--dry-run prints the sbatch script, and cluster={spec.cluster.name} is no Slurm: choose cluster=slurm"
+        )
+    print(sbatch_script(replace(_request(spec, run_dir, dry_run=True), token="(set when it is submitted)")), end="")
+    return 0
+
+
+def _submit(console: Console, spec: RunSpec, run_dir: RunDir) -> int:
+    if any(
+        e.kind == "failed" for e in read_events(run_dir.events)[-1:]
+    ):  # a person has looked: crashes are counted anew
+        with JsonlWriter(run_dir.events / "supervise.jsonl") as events:
+            events.write(Event(time_utc=utc_now(), kind="resumed_by_hand", step=0, detail="launched again by hand"))
+    job_id, new = submit_once(_request(spec, run_dir), run_dir.submission)
+    nodes = f"{spec.cluster.nodes} node(s) of {spec.cluster.gpus_per_node} GPUs on {spec.cluster.name}"
+    console.print(
+        f"job {job_id} {'is queued' if new else 'was queued already'}: {nodes}; it goes on by itself until the run is finished"
+    )
+    _print_what_next(console, run_dir)
+    return 0
+
+
+def _print_what_next(console: Console, run_dir: RunDir) -> None:
+    for word in ("status", "logs", "watch", "cancel"):
+        console.print(f"  arriero {word} {_short(run_dir.root)}")
 
 
 def is_finished(run_dir: RunDir) -> bool:
@@ -161,6 +207,7 @@ def _environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "host": platform.node(),
+        "directory": str(Path.cwd()),  # that relative paths in spec.yaml start from
         "cpus": os.cpu_count(),
         "packages": dict(sorted(packages.items())),
     }

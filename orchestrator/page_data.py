@@ -104,7 +104,7 @@ def _view(
         statement=statement,
         mix=_mix(paths, spec, kept),
         forecast=_forecast(paths, _measured(kept, seconds, statement)),
-        log_errors=_log_errors(paths.logs),
+        log_errors=log_errors(paths.logs),
         config=config,
         code=_text(paths.code / "commit.txt").strip() or "unknown",
     )
@@ -352,7 +352,7 @@ def _forecast(paths: RunDir, measured: dict[str, float | None]) -> list[Forecast
     return list(found.values())
 
 
-def _log_errors(logs: Path) -> list[LogError]:
+def log_errors(logs: Path) -> list[LogError]:
     """The last lines that look like errors, of the newest logs first; a traceback's repeated lines once."""
     found: list[LogError] = []
     files = [p for p in logs.glob("*") if p.suffix in (".out", ".err", ".log", ".txt") and p.is_file()]

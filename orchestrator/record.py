@@ -136,7 +136,7 @@ def read_last(path: Path) -> StepRecord | None:
     return None
 
 
-def read_events(folder: Path) -> list[Event]:
-    """All events of a run, by time."""
-    events = [_known(Event, v) for path in sorted(folder.glob("*.jsonl")) for v in read_jsonl(path)]
+def read_events(folder: Path, name: str = "*.jsonl") -> list[Event]:
+    """All events of a run, by time; or those of one file."""
+    events = [_known(Event, v) for path in sorted(folder.glob(name)) for v in read_jsonl(path)]
     return sorted(events, key=lambda e: e.time_utc)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,16 @@ class RunDir:
         return self.root / "wandb.json"
 
     @property
+    def submission(self) -> Path:
+        """Which Slurm job is this run's: a journal, written before sbatch is called (JSON)."""
+        return self.root / "submission.json"
+
+    @property
+    def cancelled(self) -> Path:
+        """There while `arriero cancel` holds: the job ends and is not put back into the queue."""
+        return self.root / "cancelled"
+
+    @property
     def faults(self) -> Path:
         """Faults to be injected (orchestrator/faults.py); no run has this file but those of `arriero chaos` and the tests."""
         return self.root / "faults.json"
@@ -114,12 +125,22 @@ class RunDir:
         with (self.root / ".at_work").open("a") as file:
             with contextlib.suppress(OSError):  # another is at work, or no locks on this file system: the lease decides
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
             yield
+
+    def worker_pid(self) -> int | None:
+        """Rank 0's process on this machine; None where it does not train here now."""
+        if not self.is_at_work():
+            return None
+        text = (self.root / ".at_work").read_text()
+        return int(text) if text.isdigit() else None
 
     def is_at_work(self) -> bool:
         """Whether a rank 0 of this run trains on this machine now."""
         try:
-            with (self.root / ".at_work").open("a") as file:
+            with (self.root / ".at_work").open("r") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True

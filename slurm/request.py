@@ -16,6 +16,10 @@ class ClusterConfig:
     cpus_per_gpu: int = 8
     memory_gb_per_node: int | None = None  # null: all of it
     time_limit_min: int = 60 * 24
+    warn_s: int = 180  # so long before the time limit Slurm warns the ranks: they save and the job is requeued
+    crash_budget: int = 3  # crashes without a new checkpoint in between before the run stops for a person
+    exclusive: bool = False  # whole nodes
+    nodelist: str | None = None
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -38,6 +42,21 @@ class ClusterConfig:
         for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "time_limit_min"):
             if getattr(self, name) < 1:
                 found.append(f"cluster.{name}={getattr(self, name)} must be at least 1")
+        if self.kind == "slurm" and not 10 <= self.warn_s < 60 * self.time_limit_min:
+            found.append(
+                f"cluster.warn_s={self.warn_s} must be at least 10 and less than cluster.time_limit_min={self.time_limit_min} "
+                f"({60 * self.time_limit_min} s): a save must fit between the warning and the end"
+            )
+        if self.crash_budget < 0:
+            found.append(f"cluster.crash_budget={self.crash_budget} must be 0 (stop at the first crash) or more")
+        for name in ("setup", "sbatch"):
+            values = self.setup if name == "setup" else [f"{k}={v}" for k, v in self.sbatch.items()]
+            found += [f"cluster.{name} holds a line break: {v!r}" for v in values if "\n" in v]
+        found += [
+            f"cluster.sbatch.{k}: sbatch's long option, without dashes in front"
+            for k in self.sbatch
+            if k.startswith("-")
+        ]
         if self.kind == "local" and self.nodes != 1:
             found.append(f"cluster.nodes={self.nodes} but cluster.kind=local is this one machine: set cluster.nodes=1")
         return found
@@ -51,3 +70,11 @@ class JobRequest:
     entry: str
     run_dir: str
     cluster: ClusterConfig
+    code: str | None = None  # the snapshot that the ranks run, first on their PYTHONPATH; null: what is installed
+    token: str = ""  # what the job can be found by: in its comment
+    begin: str | None = None  # not before this time, as sbatch --begin takes it
+    exclude: tuple[str, ...] = ()  # nodes, beside cluster.exclude
+
+
+class CannotSubmit(Exception):
+    """Slurm refused, or does not answer; the text says which, and what to do."""

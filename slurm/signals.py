@@ -7,6 +7,15 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
+_early: list[str] = []
+
+
+def note_early() -> None:
+    """Remembers a stop signal that comes before there is a StopFlag. Call it before anything slow is imported."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: _early.append(signal.Signals(number).name))
+
+
 class StopFlag:
     """Takes the place of whatever handlers stood there (submitit's too) and remembers the first signal that came.
 
@@ -18,6 +27,8 @@ class StopFlag:
         self.requested: str | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        if _early:
+            self.requested = _early[0]
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it before TERM: it must not stop anything
 
     def _note(self, number: int, frame: FrameType | None) -> None:

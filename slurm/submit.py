@@ -1,16 +1,28 @@
-"""Submission through submitit: on this machine, or to Slurm. What is pickled is a name and a folder; all state is on disk."""
+"""Submission through submitit: on this machine, or to Slurm. All state is on disk; a Slurm job is a name and a folder."""
 
+import contextlib
+import fcntl
 import importlib
+import json
+import os
+import shlex
+import shutil
 import signal
+import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import submitit
 
-from slurm.request import JobRequest
+from slurm import queue
+from slurm.request import CannotSubmit, JobRequest
+
+SUPERVISE = "orchestrator.supervise"
 
 
 @dataclass(frozen=True)
@@ -81,3 +93,133 @@ def _ignored(*signals: signal.Signals) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def sbatch_script(request: JobRequest) -> str:
+    """The script, as submitit writes it: the same for --dry-run and for the submission."""
+    return str(_slurm_executor(request)._make_submission_file_text(_rank_command(request), "dry-run"))
+
+
+def submit_once(request: JobRequest, journal: Path) -> tuple[str, bool]:
+    """The run's Slurm job: its id, and whether this call submitted it. Never a second one while the first is queued or runs.
+
+    The journal is on disk, with a token that goes into the job's comment, before sbatch is called; so a launch that was
+    killed in between finds the job again. Raises CannotSubmit.
+    """
+    with _only_one(journal.with_suffix(".lock")):
+        if known := find(journal):
+            return known, False
+        token = uuid.uuid4().hex
+        _write_journal(journal, token, None)
+        job_id = _sbatch(replace(request, token=token))
+        _write_journal(journal, token, job_id)
+        return job_id, True
+
+
+def find(journal: Path) -> str | None:
+    """The job of a journal while it is queued or runs; None where there is none. Raises CannotSubmit where nobody can tell."""
+    if not journal.exists():
+        return None
+    entry = json.loads(journal.read_text())
+    if not entry["job_id"]:  # killed before sbatch had answered; sbatch itself may still be on its way
+        time.sleep(max(0.0, min(_SBATCH_S, entry["time_s"] + _SBATCH_S - time.time())))
+    jobs = queue.queued()
+    if jobs is None:
+        raise CannotSubmit(
+            "squeue does not answer, so nobody can tell whether this run is queued already: try again later"
+        )
+    for job in jobs.values():
+        if job.live and (job.job_id == entry["job_id"] or job.comment == _comment(entry["token"])):
+            return job.job_id
+    return None
+
+
+_SBATCH_S = 5.0  # after which an sbatch whose caller was killed has come to its end
+
+
+def _comment(token: str) -> str:
+    return f"arriero:{token}"
+
+
+def _write_journal(path: Path, token: str, job_id: str | None) -> None:
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w") as file:
+        json.dump({"token": token, "job_id": job_id, "time_s": time.time()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    with lock.open("a") as file:
+        with contextlib.suppress(OSError):  # no locks on this file system: the journal alone must do
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sbatch(request: JobRequest) -> str:
+    if not shutil.which("sbatch"):
+        raise CannotSubmit(
+            f"cluster={request.cluster.name} is Slurm's, and this machine has no sbatch: launch from a login node, or start a "
+            "virtual cluster with `arriero cluster up`"
+        )
+    (Path(request.run_dir) / "logs").mkdir(exist_ok=True)
+    try:
+        return str(_slurm_executor(request)._submit_command(_rank_command(request)).job_id)
+    except submitit.core.utils.FailedJobError as error:
+        raise CannotSubmit(f"sbatch refused the job: {str(error).strip()}") from None
+
+
+def _rank_command(request: JobRequest) -> str:
+    return shlex.join([sys.executable, "-u", "-m", "slurm.rank", request.entry, request.run_dir])
+
+
+class _Executor(submitit.SlurmExecutor):  # type: ignore[misc]
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # also without srun: a script can be read anywhere
+
+
+def _slurm_executor(request: JobRequest) -> Any:
+    """submitit's executor with all that the cluster's YAML says."""
+    cluster = request.cluster
+    folder = Path(request.run_dir) / "logs"
+    executor = _Executor(folder)
+    supervise = shlex.join([sys.executable, "-m", SUPERVISE])
+    run = shlex.quote(request.run_dir)
+    setup = [
+        "trap : TERM",  # on a requeue srun ends first, then the lines after it have KillWait to do their part
+        *([f"export PYTHONPATH={shlex.quote(request.code)}${{PYTHONPATH:+:$PYTHONPATH}}"] if request.code else []),
+        *cluster.setup,
+        f"{supervise} begin {run} || exit",
+    ]
+    exclude = ",".join([*([cluster.exclude] if cluster.exclude else []), *request.exclude])
+    sbatch: dict[str, Any] = {"requeue": True, **({"begin": request.begin} if request.begin else {})}
+    sbatch |= {k: v for k, v in (("reservation", cluster.reservation),) if v}
+    executor.update_parameters(
+        job_name=request.name,
+        nodes=cluster.nodes,
+        ntasks_per_node=cluster.gpus_per_node,
+        cpus_per_task=cluster.cpus_per_gpu,
+        gres=cluster.gres.format(gpus_per_node=cluster.gpus_per_node) if cluster.gres else None,
+        mem=f"{cluster.memory_gb_per_node}G" if cluster.memory_gb_per_node else "0",
+        time=cluster.time_limit_min,
+        signal_delay_s=cluster.warn_s,
+        partition=cluster.partition,
+        account=cluster.account,
+        qos=cluster.qos,
+        constraint=cluster.constraint,
+        exclude=exclude or None,
+        nodelist=cluster.nodelist,
+        wckey=cluster.wckey,
+        exclusive=cluster.exclusive or None,
+        comment=_comment(request.token) if request.token else None,
+        setup=setup,
+        teardown=[f"{supervise} end {run} $?"],
+        # Slurm 22.05 and later: srun no longer takes --cpus-per-task from the job. One dead rank ends the others at once.
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_gpu}"],
+        stderr_to_stdout=True,
+        additional_parameters={**sbatch, **cluster.sbatch},
+    )
+    return executor

@@ -1,0 +1,120 @@
+"""Go on with a run, stop it, read its logs: what a person does to a run directory."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from orchestrator import spec as specs
+from orchestrator.errors import Failure, UserError
+from orchestrator.run_dir import RunDir
+from slurm import queue
+from slurm.submit import find
+
+_RANK = re.compile(r"^\d+(?:_\d+)?_(\d+)_log\.(?:out|err)$")
+
+
+def resume(root: Path) -> int:
+    """As the run's own spec.yaml says, from the folder that it was launched from."""
+    from orchestrator.launch import launch
+
+    run = _run(root)
+    spec = specs.load(run.spec)
+    spec.run_root, spec.name = str(run.root.parent), run.root.name
+    overrides = run.overrides.read_text().splitlines()
+    launched_from = Path(str(json.loads(run.environment.read_text()).get("directory", ".")))
+    if launched_from.is_dir():
+        os.chdir(launched_from)  # relative paths in the spec start there
+    return launch(spec, overrides)
+
+
+def cancel(root: Path) -> int:
+    """Asks all ranks to save and end, and keeps the job out of the queue afterwards."""
+    run = _run(root)
+    if specs.load(run.spec).cluster.kind == "slurm":
+        job_id = find(run.submission)
+        if job_id is None:
+            print(f"{run.root.name} is not in the queue")
+            return 0
+        run.cancelled.touch()
+        pending = (queue.queued() or {}).get(job_id)
+        # A job that runs gets the warning first, so that it saves; `supervise` sees the mark and ends it.
+        words = (
+            ["scancel", job_id]
+            if pending is not None and pending.state == "PENDING"
+            else ["scancel", "--signal=USR2", job_id]
+        )
+        code, _, error = queue.call(*words)
+        if code:
+            raise Failure(f"{' '.join(words)}: {error}")
+        print(f"job {job_id} is asked to save and end; `arriero resume {root}` goes on with it")
+        return 0
+    pid = run.worker_pid()
+    if pid is None:
+        print(f"{run.root.name} does not run on this machine")
+        return 0
+    os.kill(pid, signal.SIGTERM)
+    print(f"{run.root.name} is asked to save and end; `arriero resume {root}` goes on with it")
+    return 0
+
+
+def logs(root: Path, rank: int | None, lines: int, follow: bool, as_json: bool) -> int:
+    """Errors first, then the last lines of rank 0's log, or of `rank`'s; all starts of a job append to one file."""
+    from orchestrator.page_data import log_errors
+
+    run = _run(root)
+    files = sorted((p for p in run.logs.glob("*_log.out") if _rank(p) == (rank or 0)), key=lambda p: p.stat().st_mtime)
+    if rank is not None and not files:
+        there = sorted({_rank(p) for p in run.logs.glob("*_log.out")} - {-1})
+        raise UserError(f"no log of rank {rank} in {run.logs}: there are those of {_ranges(there) or 'none'}")
+    errors = [e for e in log_errors(run.logs) if rank is None or e.file in {p.name for p in files}]
+    newest = files[-1] if files else None
+    tail = newest.read_text(errors="replace").splitlines()[-lines:] if newest else []
+    if as_json:
+        print(
+            json.dumps({"errors": [asdict(e) for e in errors], "file": newest and str(newest), "lines": tail}, indent=2)
+        )
+        return 0
+    for error in errors:
+        print(f"{error.file}:{error.line}: {error.text}")
+    if errors:
+        print()
+    print("\n".join(tail) if tail else f"nothing in {run.logs} yet")
+    if follow and newest:
+        try:
+            for line in _growing(newest):
+                print(line, end="", flush=True)
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def _growing(path: Path) -> Iterator[str]:
+    with path.open(errors="replace") as file:
+        file.seek(0, os.SEEK_END)
+        while True:
+            line = file.readline()
+            if line:
+                yield line
+            else:
+                time.sleep(0.3)
+
+
+def _rank(path: Path) -> int:
+    match = _RANK.match(path.name)
+    return int(match[1]) if match else -1
+
+
+def _ranges(numbers: list[int]) -> str:
+    return f"{numbers[0]} to {numbers[-1]}" if numbers else ""
+
+
+def _run(root: Path) -> RunDir:
+    run = RunDir(root.resolve())
+    if not run.spec.exists():
+        raise UserError(f"{root} is no run directory: it has no spec.yaml")
+    return run

@@ -1,0 +1,190 @@
+"""Where runs stand, without a database: the run directories, one call of squeue and one of sacct for all of them together.
+
+Read from the ends of files, so that a thousand runs of a million steps answer at once.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.errors import UserError
+from orchestrator.record import Event, read_events, read_last
+from orchestrator.run_dir import RunDir
+from slurm import queue
+
+_STEPS = re.compile(r"^steps: (\d+)$", re.MULTILINE)
+_KIND = re.compile(r"^cluster:\n(?:  .*\n)*?  kind: (\w+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    """One run. `state`: new, queued, running, finished, failed, stopped, cancelled, interrupted, or unknown where Slurm does not
+    answer. What a run has not told yet is None."""
+
+    name: str
+    run_dir: str
+    state: str
+    why: str  # in one line: Slurm's reason, or the run's last word
+    job_id: str | None
+    step: int | None
+    steps: int | None
+    loss_nats: float | None
+    tokens_per_s: float | None
+    attempts: int
+    lineage: list[str]  # why each start after the first came: timeout, preempted, node_failure, crash, requeued
+
+
+def rows(folders: Sequence[Path]) -> list[RunRow]:
+    """The runs in and below these folders. Raises UserError for a folder that is not there."""
+    found: list[RunDir] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder: name a run directory, or a folder of them")
+        found += [RunDir(folder)] if (folder / "spec.yaml").exists() else _below(folder)
+    jobs = {run.root: _journal(run) for run in found}
+    asked = sorted({job for job in jobs.values() if job})
+    live = queue.queued() if asked else {}
+    gone = [job for job in asked if live is None or job not in live]
+    ended = queue.accounted(gone) if gone else {}
+    return [_row(run, jobs[run.root], live, ended) for run in found]
+
+
+def _below(folder: Path) -> list[RunDir]:
+    """Run directories at most two folders down (a sweep's points), without walking into them."""
+    found = []
+    for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if (path / "spec.yaml").exists():
+            found.append(RunDir(path))
+        else:
+            found += [RunDir(p.parent) for p in sorted(path.glob("*/spec.yaml"))]
+    return found
+
+
+def _journal(run: RunDir) -> str | None:
+    try:
+        return str(json.loads(run.submission.read_text())["job_id"] or "") or None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _row(
+    run: RunDir,
+    job_id: str | None,
+    live: dict[str, queue.JobState] | None,
+    ended: dict[str, queue.JobState] | None,
+) -> RunRow:
+    spec = run.spec.read_text()
+    steps = _STEPS.search(spec)
+    attempts = sorted(run.events.glob("attempt-*.jsonl"))
+    last = _last_event(attempts[-1]) if attempts else None
+    supervised = [e for e in read_events(run.events, "supervise.jsonl")]
+    records = sorted(run.records.glob("attempt-*.jsonl"), reverse=True)
+    record = next((r for r in map(read_last, records) if r is not None), None)
+    state, why = _state(run, job_id, live, ended, last, supervised[-1] if supervised else None)
+    return RunRow(
+        name=run.root.name,
+        run_dir=str(run.root),
+        state=state,
+        why=why,
+        job_id=job_id,
+        step=record.step if record else None,
+        steps=int(steps[1]) if steps else None,
+        loss_nats=record.loss if record else None,
+        tokens_per_s=record.tokens_per_s if record else None,
+        attempts=len(attempts),
+        lineage=[str(e.data.get("cause", "")) for e in supervised if e.kind == "requeued"],
+    )
+
+
+def _state(
+    run: RunDir,
+    job_id: str | None,
+    live: dict[str, queue.JobState] | None,
+    ended: dict[str, queue.JobState] | None,
+    last: Event | None,
+    supervised: Event | None,
+) -> tuple[str, str]:
+    if last and last.kind == "finished":
+        return "finished", last.detail
+    if supervised and supervised.kind == "failed" and (last is None or last.time_utc <= supervised.time_utc):
+        last = supervised
+    job = (live or {}).get(job_id or "") or (ended or {}).get(job_id or "")
+    if job and job.live:
+        cancelled = "; being cancelled" if run.cancelled.exists() else ""
+        if job.state == "PENDING":
+            return "queued", job.reason + cancelled
+        return "running", (
+            f"{job.state.lower()} for {job.elapsed}" + (f" on {job.node_list}" if job.node_list else "")
+        ) + cancelled
+    if run.cancelled.exists():
+        return "cancelled", "go on with `arriero resume`"
+    if run.is_at_work():
+        return "running", "on this machine"
+    if last and last.kind in ("failed", "stopped"):
+        return last.kind, last.detail
+    if job:
+        return "interrupted", f"Slurm says {job.state}"
+    if job_id and live is None:
+        return "unknown", "squeue does not answer"
+    if job_id and ended is None and last is None:
+        return "unknown", "squeue has forgotten the job, and there is no accounting to ask"
+    return ("interrupted", f"after {last.kind} at step {last.step}") if last else ("new", "not started yet")
+
+
+def _last_event(path: Path) -> Event | None:
+    """The last of the events that say where a run stands; from the end of the file."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 32768))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines[:-1]):
+        try:
+            values = json.loads(line)
+            return Event(
+                time_utc=values["time_utc"], kind=values["kind"], step=int(values["step"]), detail=str(values["detail"])
+            )
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def show(found: Sequence[RunRow], as_json: bool, details: bool) -> int:
+    """Prints the rows. Exit code 1 where one run was asked for and it has failed."""
+    if as_json:
+        print(json.dumps([asdict(r) for r in found], indent=2))
+    elif not found:
+        print("no runs")
+    else:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("run", "state", "job"):
+            table.add_column(name, no_wrap=True)
+        for name in ("step", "loss", "tokens/s", "starts"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("why", overflow="fold")
+        for r in found:
+            table.add_row(
+                r.name,
+                r.state,
+                r.job_id or "-",
+                "-" if r.step is None else f"{r.step:,}/{r.steps:,}" if r.steps else f"{r.step:,}",
+                "-" if r.loss_nats is None else f"{r.loss_nats:.3f}",
+                "-" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}",
+                str(r.attempts),
+                r.why,
+            )
+        Console(highlight=False, soft_wrap=False, width=None if Console().is_terminal else 200).print(table)
+        if details:
+            _print_events(RunDir(Path(found[0].run_dir)))
+    return 1 if details and found and found[0].state == "failed" else 0
+
+
+def _print_events(run: RunDir) -> None:
+    """What happened to a run: the starts, and every verdict that changed it."""
+    told = [e for e in read_events(run.events) if e.kind not in ("saved", "removed", "evaluated", "loaded", "faults")]
+    for event in told[-20:]:
+        print(f"  {event.time_utc[:19]}Z  {event.kind:12} {event.detail}")

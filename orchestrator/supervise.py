@@ -1,0 +1,212 @@
+"""What a Slurm job does before and after its ranks: tells causes apart, goes on by itself or stops for a person.
+
+The batch script calls `begin` and `end` around srun, on the job's first node. Torch-free. A warned run has saved; a requeue
+goes on from the newest checkpoint; a crash goes on too, until `cluster.crash_budget` crashes came without a new checkpoint in between.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from orchestrator import spec as specs
+from orchestrator.record import Event, JsonlWriter, read_events, utc_now
+from orchestrator.run_dir import RunDir
+from slurm import queue
+
+Cause = Literal["timeout", "preempted", "requeued", "node_failure", "crash", "user", "finished", "person", "unknown"]
+_BREATH_S = 8  # between the end of one start and the next
+_ENDS = ("finished", "stopped", "failed")
+_SLURMS_WORDS: dict[str, Cause] = {
+    "PREEMPTED": "preempted",
+    "NODE_FAIL": "node_failure",
+    "BOOT_FAIL": "node_failure",
+    "TIMEOUT": "timeout",
+    "REQUEUED": "requeued",
+    "CANCELLED": "user",
+    "FAILED": "crash",
+    "OUT_OF_MEMORY": "crash",
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`requeue`: back into the queue. `release`: Slurm has requeued it already, only its two minutes' hold is to go.
+    `end`: nothing more is to be done."""
+
+    act: Literal["requeue", "release", "end"]
+    cause: Cause
+    reason: str
+
+
+def decide(
+    last: Event | None,
+    exit_code: int,
+    job: queue.JobDetails | None,
+    cancelled: bool,
+    crashes: int,
+    crash_budget: int,
+    warn_s: float,
+) -> Decision:
+    """What becomes of a job whose ranks have ended. Pure.
+
+    last: the attempt's own last word (finished, stopped, failed), if it had one. job: what slurmctld says; None where it does
+    not answer. crashes: so far, without a new checkpoint since the first of them.
+    """
+    if last is not None and last.kind == "finished":
+        return Decision("end", "finished", "the run is finished")
+    if cancelled or (job is not None and job.state == "CANCELLED"):
+        return Decision("end", "user", "cancelled")
+    if last is not None and last.kind == "failed":
+        return Decision("end", "person", last.detail)
+    running = job is None or job.state in ("RUNNING", "UNKNOWN")
+    if not running:  # slurmctld has requeued it: a preemption, an operator, a node that is gone
+        cause: Cause = (
+            "preempted" if job and job.preempted else "timeout" if job and job.state == "TIMEOUT" else "requeued"
+        )
+        if cause == "timeout":
+            return Decision("requeue", cause, "the time limit came before the ranks had saved")
+        if job and job.state in ("FAILED", "NODE_FAIL", "BOOT_FAIL", "COMPLETED", "OUT_OF_MEMORY", "DEADLINE"):
+            return Decision("requeue", "node_failure" if "NODE" in job.state else "crash", f"Slurm says {job.state}")
+        return Decision("release", cause, "Slurm has put it back into the queue")
+    near_end = (
+        job is not None and job.time_left_s is not None and job.time_left_s <= warn_s + 90
+    )  # Slurm warns up to 60 s early
+    if last is not None and last.kind == "stopped":
+        return Decision("requeue", "timeout" if near_end else "preempted", last.detail)
+    if exit_code in (128 + signal.SIGUSR2, 128 + signal.SIGUSR1) and near_end:
+        return Decision("requeue", "timeout", "warned before the ranks were ready to save")
+    if crashes >= crash_budget:
+        return Decision(
+            "end",
+            "crash",
+            f"exit code {exit_code}; {crashes + 1} crashes without a new checkpoint in between, and cluster.crash_budget is "
+            f"{crash_budget}: a person must look",
+        )
+    return Decision(
+        "requeue",
+        "crash",
+        f"exit code {exit_code}, crash {crashes + 1} of at most {crash_budget} without a new checkpoint",
+    )
+
+
+def crashes_so_far(events: Sequence[Event]) -> int:
+    """Crashes since the run last got on: since its newest checkpoint was saved for the first time."""
+    furthest, crashes = -1, 0
+    for event in events:
+        if event.kind == "saved" and event.step > furthest:
+            furthest, crashes = event.step, 0
+        elif event.kind == "requeued" and event.data.get("cause") == "crash":
+            crashes += 1
+        elif event.kind == "resumed_by_hand":
+            crashes = 0
+    return crashes
+
+
+def begin(directory: RunDir) -> int:
+    """Before the ranks: says why the job is here again, where its last start could not say so itself."""
+    events = read_events(directory.events)
+    job_id, restarts = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    started = [e for e in events if e.kind == "started"]
+    told = [
+        e
+        for e in events
+        if e.kind == "requeued" and e.data.get("restart") == restarts and e.data.get("job_id") == job_id
+    ]
+    if restarts and started and not told:
+        ends = queue.starts_of(job_id) or []
+        before = ends[restarts - 1] if len(ends) >= restarts else ""
+        cause = _SLURMS_WORDS.get(before, "unknown")
+        said = f"Slurm says {before}" if before else "Slurm does not say why"
+        _tell(
+            directory,
+            "requeued",
+            _step(events),
+            f"requeued: {cause}: {said}",
+            cause=cause,
+            job_id=job_id,
+            restart=restarts,
+        )
+    return 0
+
+
+def end(directory: RunDir, exit_code: int) -> int:
+    """After the ranks: requeues or ends the job. Returns the job's exit code."""
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # it comes with a requeue: there are KillWait seconds for what follows
+    job_id, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    config = specs.load(directory.spec).cluster
+    events = read_events(directory.events)
+    attempt = max((e.attempt or 0 for e in events), default=0)
+    mine = [e for e in events if e.attempt == attempt]
+    last = next((e for e in reversed(mine) if e.kind in _ENDS), None)
+    decision = decide(
+        last,
+        exit_code,
+        queue.details(job_id),
+        directory.cancelled.exists(),
+        crashes_so_far(events),
+        config.crash_budget,
+        config.warn_s,
+    )
+    print(f"{utc_now()} supervise: {decision.cause}: {decision.reason}: {decision.act}", flush=True)
+    if decision.act == "end":
+        if decision.cause in ("finished", "user"):
+            return 0
+        if decision.cause != "person":
+            _tell(
+                directory,
+                "failed",
+                _step(events),
+                f"{decision.cause}: {decision.reason}",
+                cause=decision.cause,
+                job_id=job_id,
+            )
+        return 1
+    _tell(
+        directory, "requeued", _step(events), f"requeued: {decision.cause}: {decision.reason}",
+        cause=decision.cause, job_id=job_id, restart=restarts + 1,
+    )  # fmt: skip
+    if decision.act == "requeue":
+        _until_it_works(["scontrol", "requeue", job_id])
+    # When the last of this start is gone, slurmctld holds the job for two minutes more, but only where its begin time has
+    # passed by then: so it gets one that has not.
+    _until_it_works(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{_BREATH_S}seconds"])
+    return 0
+
+
+def _until_it_works(words: list[str], seconds: float = 60.0) -> None:
+    """slurmctld may be restarting, or the job not yet be where it takes the command."""
+    until = time.monotonic() + seconds
+    while True:
+        code, _, error = queue.call(*words)
+        if code == 0:
+            return
+        if time.monotonic() > until:
+            print(f"supervise: {' '.join(words)}: {error}", file=sys.stderr, flush=True)
+            return
+        time.sleep(0.3)
+
+
+def _step(events: Sequence[Event]) -> int:
+    return max((e.step for e in events if e.kind in ("saved", "resumed")), default=0)
+
+
+def _tell(directory: RunDir, kind: str, step: int, detail: str, **data: object) -> None:
+    with JsonlWriter(directory.events / "supervise.jsonl") as events:
+        events.write(Event(time_utc=utc_now(), kind=kind, step=step, detail=detail, data=data), durable=True)
+
+
+def main() -> int:
+    what, run_dir, *rest = sys.argv[1:]
+    directory = RunDir(Path(run_dir))
+    return begin(directory) if what == "begin" else end(directory, int(rest[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What Slurm says of jobs: one call of squeue, sacct or scontrol each, parsed. No answer is None, and never means "gone"."""
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_TIMEOUT_S = 30.0
+LIVE = frozenset(  # queued, running, or about to be either again
+    {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
+    | {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT"}
+)
+_SQUEUE = "%i|%T|%r|%M|%L|%D|%N|%k"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    job_id: str
+    state: str  # Slurm's word, such as RUNNING
+    reason: str = ""
+    elapsed: str = ""
+    left: str = ""
+    nodes: int = 0
+    node_list: str = ""
+    comment: str = ""
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE
+
+
+def call(*words: str, timeout_s: float = _TIMEOUT_S) -> tuple[int, str, str]:
+    """Exit code, output, error. 127 where the command is not there, 124 where it does not answer in time."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace")
+    except FileNotFoundError:
+        return 127, "", f"{words[0]} is not on this machine"
+    except subprocess.TimeoutExpired:
+        return 124, "", f"{words[0]} did not answer in {timeout_s:g} s"
+    return done.returncode, done.stdout, done.stderr.strip()
+
+
+def queued() -> dict[str, JobState] | None:
+    """This user's jobs that slurmctld still knows, the ended ones of the last minutes too; None where it does not answer."""
+    code, out, _ = call("squeue", "--me", "--noheader", "--states=all", f"--format={_SQUEUE}")
+    return None if code else parse_squeue(out)
+
+
+def parse_squeue(text: str) -> dict[str, JobState]:
+    jobs = {}
+    for line in text.splitlines():
+        fields = line.split("|", 7)
+        if len(fields) == 8:
+            job, state, reason, elapsed, left, nodes, node_list, comment = (f.strip() for f in fields)
+            jobs[job] = JobState(
+                job_id=job,
+                state=state,
+                reason="" if reason == "None" else reason,
+                elapsed=elapsed,
+                left=left,
+                nodes=int(nodes) if nodes.isdigit() else 0,
+                node_list=node_list,
+                comment="" if comment == "(null)" else comment,
+            )
+    return jobs
+
+
+def accounted(job_ids: Sequence[str]) -> dict[str, JobState] | None:
+    """The last state of each job in the accounting; None where there is none, or it does not answer."""
+    if not job_ids:
+        return {}
+    code, out, _ = call(
+        "sacct", "-X", "--noheader", "--parsable2", f"--jobs={','.join(job_ids)}", "--format=JobID,State,Elapsed,NNodes"
+    )
+    if code:
+        return None
+    jobs = {}
+    for line in out.splitlines():
+        fields = line.split("|")
+        if len(fields) == 4:
+            jobs[fields[0]] = JobState(
+                job_id=fields[0],
+                state=fields[1].split()[0],  # "CANCELLED by 1000"
+                elapsed=fields[2],
+                nodes=int(fields[3]) if fields[3].isdigit() else 0,
+            )
+    return jobs
+
+
+def starts_of(job_id: str) -> list[str] | None:
+    """How each start of a job ended, in order, as the accounting has it (REQUEUED, PREEMPTED, NODE_FAIL, TIMEOUT ...)."""
+    code, out, _ = call("sacct", "-D", "-X", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=State")
+    return None if code else [line.split()[0] for line in out.splitlines() if line.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobDetails:
+    """What `scontrol show job` tells of one job."""
+
+    state: str
+    preempted: bool
+    time_left_s: float | None
+
+
+def details(job_id: str) -> JobDetails | None:
+    """None where slurmctld does not answer, or no longer knows the job."""
+    code, out, _ = call("scontrol", "show", "job", job_id, "--oneliner")
+    return None if code else parse_details(out)
+
+
+def parse_details(text: str) -> JobDetails:
+    values = dict(re.findall(r"(\w+)=(\S*)", text))
+    limit, run = _seconds(values.get("TimeLimit", "")), _seconds(values.get("RunTime", ""))
+    return JobDetails(
+        state=values.get("JobState", "UNKNOWN"),
+        preempted=values.get("PreemptTime", "None") not in ("None", "Unknown", ""),
+        time_left_s=None if limit is None or run is None else limit - run,
+    )
+
+
+def _seconds(text: str) -> float | None:
+    """Slurm's [days-]hours:minutes:seconds; None for UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(g or 0) for g in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
