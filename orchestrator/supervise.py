@@ -1,7 +1,8 @@
 """What a Slurm job does before and after its ranks: tells causes apart, goes on by itself or stops for a person.
 
-The batch script calls `begin` and `end` around srun, on the job's first node. Torch-free. A warned run has saved; a requeue
-goes on from the newest checkpoint; a crash goes on too, until `cluster.crash_budget` crashes came without a new checkpoint in between.
+The batch script calls `begin` and `end` around srun, on the job's first node. Torch-free. A warned run has saved, and a requeue
+goes on from the newest checkpoint; a crash goes on too, until `cluster.crash_budget` crashes came without a new checkpoint in
+between.
 """
 
 import os
@@ -18,7 +19,7 @@ from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from slurm import queue
 
-Cause = Literal["timeout", "preempted", "requeued", "node_failure", "crash", "user", "finished", "person", "unknown"]
+Cause = Literal["timeout", "preempted", "requeued", "node_failure", "crash", "user", "finished", "person"]
 _BREATH_S = 8  # between the end of one start and the next
 _ENDS = ("finished", "stopped", "failed")
 _SLURMS_WORDS: dict[str, Cause] = {
@@ -65,17 +66,13 @@ def decide(
         return Decision("end", "person", last.detail)
     running = job is None or job.state in ("RUNNING", "UNKNOWN")
     if not running:  # slurmctld has requeued it: a preemption, an operator, a node that is gone
-        cause: Cause = (
-            "preempted" if job and job.preempted else "timeout" if job and job.state == "TIMEOUT" else "requeued"
-        )
-        if cause == "timeout":
-            return Decision("requeue", cause, "the time limit came before the ranks had saved")
+        if job and job.state == "TIMEOUT":
+            return Decision("requeue", "timeout", "the time limit came before the ranks had saved")
         if job and job.state in ("FAILED", "NODE_FAIL", "BOOT_FAIL", "COMPLETED", "OUT_OF_MEMORY", "DEADLINE"):
             return Decision("requeue", "node_failure" if "NODE" in job.state else "crash", f"Slurm says {job.state}")
-        return Decision("release", cause, "Slurm has put it back into the queue")
-    near_end = (
-        job is not None and job.time_left_s is not None and job.time_left_s <= warn_s + 90
-    )  # Slurm warns up to 60 s early
+        return Decision("release", "requeued", "Slurm has put it back into the queue")
+    # Slurm warns up to a minute early.
+    near_end = job is not None and job.time_left_s is not None and job.time_left_s <= warn_s + 90
     if last is not None and last.kind == "stopped":
         return Decision("requeue", "timeout" if near_end else "preempted", last.detail)
     if exit_code in (128 + signal.SIGUSR2, 128 + signal.SIGUSR1) and near_end:
@@ -120,8 +117,8 @@ def begin(directory: RunDir) -> int:
     if restarts and started and not told:
         ends = queue.starts_of(job_id) or []
         before = ends[restarts - 1] if len(ends) >= restarts else ""
-        cause = _SLURMS_WORDS.get(before, "unknown")
-        said = f"Slurm says {before}" if before else "Slurm does not say why"
+        cause = _SLURMS_WORDS.get(before, "requeued")
+        said = f"Slurm says {before}" if before else "there is no accounting that would say why"
         _tell(
             directory,
             "requeued",
@@ -168,11 +165,9 @@ def end(directory: RunDir, exit_code: int) -> int:
                 job_id=job_id,
             )
         return 1
-    _tell(
-        directory, "requeued", _step(events), f"requeued: {decision.cause}: {decision.reason}",
-        cause=decision.cause, job_id=job_id, restart=restarts + 1,
-    )  # fmt: skip
-    if decision.act == "requeue":
+    if decision.act == "requeue":  # else `begin` tells: by then the accounting knows who did it
+        detail = f"requeued: {decision.cause}: {decision.reason}"
+        _tell(directory, "requeued", _step(events), detail, cause=decision.cause, job_id=job_id, restart=restarts + 1)
         _until_it_works(["scontrol", "requeue", job_id])
     # When the last of this start is gone, slurmctld holds the job for two minutes more, but only where its begin time has
     # passed by then: so it gets one that has not.

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 15.0
 LIVE = frozenset(  # queued, running, or about to be either again
     {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
     | {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT"}
@@ -98,7 +98,6 @@ class JobDetails:
     """What `scontrol show job` tells of one job."""
 
     state: str
-    preempted: bool
     time_left_s: float | None
 
 
@@ -113,7 +112,6 @@ def parse_details(text: str) -> JobDetails:
     limit, run = _seconds(values.get("TimeLimit", "")), _seconds(values.get("RunTime", ""))
     return JobDetails(
         state=values.get("JobState", "UNKNOWN"),
-        preempted=values.get("PreemptTime", "None") not in ("None", "Unknown", ""),
         time_left_s=None if limit is None or run is None else limit - run,
     )
 

@@ -49,9 +49,27 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def launch(workplace: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+def launch(workplace: Path, name: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        words(name, *more), cwd=workplace, env=environment(), capture_output=True, text=True, check=False, timeout=200
+        words(name, *more),
+        cwd=workplace,
+        env={**environment(), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+
+
+def arriero(workplace: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND[:-1], *command],
+        cwd=workplace,
+        env={**environment(), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
 
 

@@ -1,0 +1,253 @@
+"""Runs on a real Slurm: every way in which a start ends, and the run that comes out the same."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.faults import Fault, write
+from orchestrator.record import Event, read_all_steps, read_events
+from slurm.virtual import VirtualCluster
+from tests.integration.words_run import arriero, launch, losses, make_workplace, run_dir
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
+
+STEPS = 150
+TWO_NODES = [
+    f"steps={STEPS}",
+    "eval_every_steps=75",
+    "checkpoint.every_steps=25",
+    "cluster=slurm",
+    "cluster.nodes=2",
+    "cluster.gpus_per_node=1",
+    "cluster.cpus_per_gpu=4",
+    "layout=fsdp",
+    "layout.dp_shard=2",
+]
+SLOW = Fault(kind="slow", seconds=0.08)  # so that what is done to a run meets it in the middle
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("slurm"))
+
+
+class Runs:
+    """Launches and looks at runs of one cluster."""
+
+    def __init__(self, cluster: VirtualCluster, workplace: Path) -> None:
+        self.cluster, self.workplace = cluster, workplace
+
+    def launch(self, name: str, *more: str, faults: tuple[Fault, ...] = ()) -> str:
+        """The job's id."""
+        if faults:
+            write(run_dir(self.workplace, name).faults, faults)
+        done = launch(self.workplace, name, *TWO_NODES, *more, **self.cluster.env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return str(json.loads(run_dir(self.workplace, name).submission.read_text())["job_id"])
+
+    def events(self, name: str, *kinds: str) -> list[Event]:
+        return [e for e in read_events(run_dir(self.workplace, name).events) if not kinds or e.kind in kinds]
+
+    def causes(self, name: str) -> list[str]:
+        return [e.data["cause"] for e in self.events(name, "requeued")]
+
+    def step(self, name: str) -> int:
+        return max((r.step for r in read_all_steps(run_dir(self.workplace, name).records)), default=0)
+
+    def wait(self, name: str, condition: Callable[[], bool], timeout_s: float = 240) -> None:
+        until = time.monotonic() + timeout_s
+        while not condition():
+            failed = self.events(name, "failed")
+            if failed or time.monotonic() > until:
+                logs = "\n".join(p.read_text()[-3000:] for p in run_dir(self.workplace, name).logs.glob("*_0_log.out"))
+                queue = self.cluster.command("squeue").stdout
+                pytest.fail(
+                    f"{name}: {failed or 'too late'}\n{[(e.kind, e.detail) for e in self.events(name)]}\n{queue}\n{logs}"
+                )
+            time.sleep(0.2)
+
+    def wait_finished(self, name: str, timeout_s: float = 240) -> None:
+        self.wait(name, lambda: bool(self.events(name, "finished")), timeout_s)
+
+    def lost_steps(self, name: str) -> int:
+        """Steps that were trained more than once."""
+        records = read_all_steps(run_dir(self.workplace, name).records)
+        return len(records) - len({r.step for r in records})
+
+
+@pytest.fixture(scope="module")
+def runs(slurm_cluster: VirtualCluster, workplace: Path) -> Runs:
+    return Runs(slurm_cluster, workplace)
+
+
+@pytest.fixture(scope="module")
+def timed_out(runs: Runs) -> str:
+    """Launched first and waited for last: it spends most of its time in other tests' shadow."""
+    limit = ["cluster.time_limit_min=1", "cluster.warn_s=50"]
+    runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=0.55),))
+    return "timed_out"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs, timed_out: str) -> dict[int, tuple[float, float]]:
+    runs.launch("undisturbed")
+    runs.wait_finished("undisturbed")
+    return losses(runs.workplace, "undisturbed")
+
+
+def test_a_run_goes_to_its_end_and_its_status_says_so(runs: Runs, undisturbed: dict[int, object]) -> None:
+    assert list(undisturbed) == list(range(1, STEPS + 1))
+    started = runs.events("undisturbed", "started")[0]
+    assert started.data["ranks"] == 2
+    assert started.data["host"].startswith("node0")
+    status = arriero(runs.workplace, "status", "runs/undisturbed", "--json", **runs.cluster.env)
+    (row,) = json.loads(status.stdout)
+    assert (row["state"], row["step"], row["steps"], row["attempts"]) == ("finished", STEPS, STEPS, 1)
+    logs = arriero(runs.workplace, "logs", "runs/undisturbed", "--rank=1", **runs.cluster.env)
+    assert logs.returncode == 0
+    code = run_dir(runs.workplace, "undisturbed").code
+    assert list(code.glob("*/orchestrator/worker.py"))
+
+
+def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
+    runs: Runs, undisturbed: dict[int, tuple[float, float]]
+) -> None:
+    """A signal to one rank, a killed rank, an operator's requeue, a preemption, a new slurmctld: one run, all in a row."""
+    name = "disturbed"
+    job = runs.launch(name, faults=(SLOW, Fault(kind="usr2", rank=1, step=10), Fault(kind="kill", rank=1, step=30)))
+    runs.wait(name, lambda: runs.step(name) >= 45)
+    assert runs.causes(name) == ["preempted", "crash"]
+    assert runs.lost_steps(name) <= 30 - 25  # the killed rank's; the warned stop lost none
+
+    lost = runs.lost_steps(name)
+    runs.cluster.command("scontrol", "requeue", job)
+    runs.wait(name, lambda: len(runs.events(name, "resumed")) == 3)
+    assert runs.causes(name)[2:] == ["requeued"]
+
+    runs.wait(name, lambda: runs.step(name) >= 75)
+    urgent = ["--partition=urgent", "--nodes=8", "--exclusive", "--wrap", "sleep 2"]
+    runs.cluster.command("sbatch", "--parsable", *urgent)
+    runs.wait(name, lambda: len(runs.events(name, "resumed")) == 4)
+    assert runs.causes(name)[3:] == ["preempted"]
+
+    runs.wait(name, lambda: runs.step(name) >= 100)
+    runs.cluster.restart_controller(down_s=2)
+    runs.wait_finished(name)
+    assert losses(runs.workplace, name) == undisturbed
+    assert runs.lost_steps(name) == lost  # none more: requeue and preemption were warned stops
+    assert len(runs.events(name, "started")) == 5
+    assert runs.cluster.command("sacct", "-X", "-n", f"--name={name}", "--format=JobID").stdout.split() == [job]
+
+
+def test_a_node_that_dies_is_told_and_the_run_goes_on_elsewhere(
+    runs: Runs, undisturbed: dict[int, tuple[float, float]]
+) -> None:
+    name = "node_lost"
+    runs.launch(name, "cluster.nodelist='node007,node008'", faults=(SLOW,))
+    runs.wait(name, lambda: runs.step(name) >= 40)
+    runs.cluster.kill_node("node008")
+    runs.wait(name, lambda: bool(runs.events(name, "requeued")))
+    runs.cluster.start_node("node008")
+    runs.wait_finished(name)
+    assert losses(runs.workplace, name) == undisturbed
+    assert runs.causes(name) == ["node_failure"]
+
+
+def test_a_crash_that_comes_back_stops_for_a_person_who_can_go_on(
+    runs: Runs, undisturbed: dict[int, tuple[float, float]]
+) -> None:
+    name = "crashing"
+    runs.launch(name, "cluster.crash_budget=1", faults=(Fault(kind="kill", step=60), Fault(kind="kill", step=60)))
+    deadline = time.monotonic() + 200
+    while not runs.events(name, "failed"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert "2 crashes without a new checkpoint" in runs.events(name, "failed")[0].detail
+    status = arriero(runs.workplace, "status", f"runs/{name}", **runs.cluster.env)
+    assert status.returncode == 1
+    assert "a person must look" in status.stdout
+    resumed = arriero(runs.workplace, "resume", f"runs/{name}", **runs.cluster.env)
+    assert resumed.returncode == 0, resumed.stderr
+    deadline = time.monotonic() + 200
+    while not runs.events(name, "finished"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert losses(runs.workplace, name) == undisturbed
+
+
+def test_launched_again_or_killed_in_the_middle_there_is_one_job_and_cancel_saves(runs: Runs) -> None:
+    name = "once"
+    job = runs.launch(name, faults=(SLOW,))
+    journal = run_dir(runs.workplace, name).submission
+    assert runs.launch(name) == job
+    entry = json.loads(journal.read_text())
+    journal.write_text(
+        json.dumps({**entry, "job_id": None})
+    )  # as a launch leaves it that is killed before sbatch answers
+    again = launch(runs.workplace, name, *TWO_NODES, **runs.cluster.env)
+    assert f"job {job}" in again.stdout, again.stdout + again.stderr
+    named = runs.cluster.command("squeue", "--noheader", f"--name={name}", "--format=%i").stdout.split()
+    assert named == [job]
+    journal.write_text(json.dumps(entry))
+
+    runs.wait(name, lambda: runs.step(name) >= 5)
+    cancelled = arriero(runs.workplace, "cancel", f"runs/{name}", **runs.cluster.env)
+    assert cancelled.returncode == 0, cancelled.stderr
+    runs.wait(name, lambda: bool(runs.events(name, "stopped")))
+    deadline = time.monotonic() + 60
+    while runs.cluster.command("squeue", "--noheader", f"--jobs={job}", "--format=%T").stdout.strip() not in (
+        "COMPLETED",
+        "",
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert runs.causes(name) == []
+    (row,) = json.loads(arriero(runs.workplace, "status", f"runs/{name}", "--json", **runs.cluster.env).stdout)
+    assert row["state"] == "cancelled"
+
+
+def test_without_an_answer_nobody_is_declared_dead(runs: Runs, undisturbed: object) -> None:
+    nowhere = {"SLURM_CONF": "/nonexistent/slurm.conf"}
+    journal = json.loads(run_dir(runs.workplace, "once").submission.read_text())
+    assert journal["job_id"]
+    run_dir(runs.workplace, "once").cancelled.unlink()
+    (row,) = json.loads(arriero(runs.workplace, "status", "runs/once", "--json", **nowhere).stdout)
+    assert row["state"] in ("unknown", "stopped")
+    refused = launch(runs.workplace, "once", *TWO_NODES, **nowhere)
+    assert refused.returncode == 1
+    assert "squeue does not answer" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_dry_run_prints_the_script_and_leaves_nothing(runs: Runs) -> None:
+    printed = launch(
+        runs.workplace, "dry", *TWO_NODES, "cluster.partition=urgent", "cluster.account=me", "cluster.reservation=r",
+        "+cluster.sbatch.mail-type=END", "--dry-run",
+    )  # fmt: skip
+    assert printed.returncode == 0, printed.stderr
+    for line in (
+        "--partition=urgent",
+        "--account=me",
+        "--reservation=r",
+        "--mail-type=END",
+        "--requeue",
+        "--signal=USR2@180",
+    ):
+        assert f"#SBATCH {line}\n" in printed.stdout
+    assert "--kill-on-bad-exit=1" in printed.stdout
+    assert not run_dir(runs.workplace, "dry").root.exists()
+    assert "wckey" not in printed.stdout
+
+
+def test_time_limits_requeue_more_than_three_times_and_lose_nothing(
+    runs: Runs, timed_out: str, undisturbed: dict[int, tuple[float, float]]
+) -> None:
+    runs.wait_finished(timed_out, timeout_s=400)
+    causes = runs.causes(timed_out)
+    assert causes == ["timeout"] * len(causes)
+    assert len(causes) > 3
+    assert runs.lost_steps(timed_out) == 0
+    assert losses(runs.workplace, timed_out) == undisturbed
