@@ -136,6 +136,8 @@ def _train(
         precision=kind,
         threads=torch.get_num_threads(),
         host=here.node,
+        node_list=os.environ.get("SLURM_STEP_NODELIST", here.node),
+        job_id=here.job_id,
         nodes=spec.cluster.nodes,
         gpus=spec.cluster.gpus,
     )

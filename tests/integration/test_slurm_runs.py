@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.faults import Fault, write
 from orchestrator.record import Event, read_all_steps, read_events
+from slurm.rendezvous import expand_hostlist
 from slurm.virtual import VirtualCluster
 from tests.integration.words_run import arriero, launch, losses, make_workplace, run_dir
 
@@ -146,14 +147,17 @@ def test_a_node_that_dies_is_told_and_the_run_goes_on_elsewhere(
     runs: Runs, undisturbed: dict[int, tuple[float, float]]
 ) -> None:
     name = "node_lost"
-    runs.launch(name, "cluster.nodelist='node007,node008'", faults=(SLOW,))
+    job = runs.launch(name, faults=(SLOW,))
     runs.wait(name, lambda: runs.step(name) >= 40)
-    runs.cluster.kill_node("node008")
-    runs.wait(name, lambda: bool(runs.events(name, "requeued")))
-    runs.cluster.start_node("node008")
+    nodes = runs.cluster.command("squeue", "--noheader", f"--jobs={job}", "--format=%N").stdout.strip()
+    lost = expand_hostlist(nodes)[-1]
+    runs.cluster.kill_node(lost)
     runs.wait_finished(name)
     assert losses(runs.workplace, name) == undisturbed
     assert runs.causes(name) == ["node_failure"]
+    again = runs.events(name, "started")[1]
+    assert lost not in expand_hostlist(again.data["node_list"])
+    runs.cluster.start_node(lost)
 
 
 def test_a_crash_that_comes_back_stops_for_a_person_who_can_go_on(
