@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
     launch.add_argument("--dry-run", action="store_true", help="print the sbatch script, and submit nothing")
 
+    rehearse = _command(
+        commands,
+        "rehearse",
+        _rehearse,
+        "run the job that launch would submit on a virtual cluster, with a requeue, a preemption and a lost node",
+    )
+    _takes_overrides(rehearse)
+    _takes_json(rehearse)
     resume = _command(commands, "resume", _resume, "go on with a run as its directory says, from its newest checkpoint")
     resume.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     cancel = _command(commands, "cancel", _cancel, "stop a run, saved; `resume` goes on with it")
@@ -345,6 +353,13 @@ def _launch(args: argparse.Namespace) -> int:
         raise UserError("--halving and --limit-parallel are of a sweep: add -m")
 
     return launch.launch(spec.compose(args.overrides, args.config_dir), args.overrides, dry_run=args.dry_run)
+
+
+def _rehearse(args: argparse.Namespace) -> int:
+    from orchestrator import spec
+    from orchestrator.rehearsal import rehearse
+
+    return rehearse(spec.compose(args.overrides, args.config_dir), args.json)
 
 
 def _resume(args: argparse.Namespace) -> int:

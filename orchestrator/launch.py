@@ -28,6 +28,7 @@ from orchestrator.show import write_page
 from orchestrator.snapshot import snapshot
 from orchestrator.spec import RunSpec
 from orchestrator.spikes.watch import stopped_for_a_person
+from slurm.lemons import excluded
 from slurm.request import JobRequest
 from slurm.submit import Job, find, sbatch_script, submit, submit_once
 
@@ -106,7 +107,12 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
 def _request(spec: RunSpec, run_dir: RunDir, dry_run: bool = False) -> JobRequest:
     code = snapshot(run_dir.code, dry_run) if spec.cluster.kind == "slurm" else None
     return JobRequest(
-        name=spec.name, entry=WORKER, run_dir=str(run_dir.root), cluster=spec.cluster, code=str(code) if code else None
+        name=spec.name,
+        entry=WORKER,
+        run_dir=str(run_dir.root),
+        cluster=spec.cluster,
+        code=str(code) if code else None,
+        exclude=tuple(excluded(run_dir.lemons)),
     )
 
 

@@ -89,6 +89,11 @@ class RunDir:
         return self.root / "submission.json"
 
     @property
+    def lemons(self) -> Path:
+        """Nodes that have let jobs down; shared by the runs beside this one."""
+        return self.root.parent / ".lemons.jsonl"
+
+    @property
     def cancelled(self) -> Path:
         """There while `arriero cancel` holds: the job ends and is not put back into the queue."""
         return self.root / "cancelled"

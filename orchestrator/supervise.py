@@ -17,9 +17,10 @@ from typing import Literal
 from orchestrator import spec as specs
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
-from slurm import queue
+from slurm import lemons, queue
 
 Cause = Literal["timeout", "preempted", "requeued", "node_failure", "crash", "user", "finished", "person"]
+_PREFLIGHT_S = 180.0
 _BREATH_S = 8  # between the end of one start and the next
 _ENDS = ("finished", "stopped", "failed")
 _SLURMS_WORDS: dict[str, Cause] = {
@@ -142,6 +143,10 @@ def end(directory: RunDir, exit_code: int) -> int:
     attempt = max((e.attempt or 0 for e in events), default=0)
     mine = [e for e in events if e.attempt == attempt]
     last = next((e for e in reversed(mine) if e.kind in _ENDS), None)
+    for event in mine:  # arithmetic that went wrong on a node, as the spike gate has found
+        if event.kind == "recomputed" and event.data.get("cause") == "hardware":
+            for node in event.data.get("nodes", []):
+                lemons.add(directory.lemons, str(node), event.detail, job_id)
     decision = decide(
         last,
         exit_code,

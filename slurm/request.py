@@ -19,6 +19,8 @@ class ClusterConfig:
     warn_s: int = 180  # so long before the time limit Slurm warns the ranks: they save and the job is requeued
     crash_budget: int = 3  # crashes without a new checkpoint in between before the run stops for a person
     exclusive: bool = False  # whole nodes
+    preflight: bool = True  # every node is checked before the ranks start (slurm/preflight.py)
+    preflight_command: str | None = None  # the site's own check, a line of bash run on each node; not 0: unfit
     nodelist: str | None = None
     partition: str | None = None
     account: str | None = None

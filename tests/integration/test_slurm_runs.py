@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.faults import Fault, write
 from orchestrator.record import Event, read_all_steps, read_events
+from slurm.lemons import excluded
 from slurm.rendezvous import expand_hostlist
 from slurm.virtual import VirtualCluster
 from tests.integration.words_run import arriero, launch, losses, make_workplace, run_dir
@@ -158,6 +159,28 @@ def test_a_node_that_dies_is_told_and_the_run_goes_on_elsewhere(
     again = runs.events(name, "started")[1]
     assert lost not in expand_hostlist(again.data["node_list"])
     runs.cluster.start_node(lost)
+
+
+def test_an_unfit_node_is_found_before_the_ranks_start_left_out_and_remembered(
+    runs: Runs, undisturbed: dict[int, tuple[float, float]]
+) -> None:
+    name = "unfit"
+    others = "nodename=node[001-006]"
+    runs.cluster.command("scontrol", "update", others, "state=drain", "reason=the test wants node007 and node008")
+    runs.launch(name, "cluster.preflight_command='test $SLURMD_NODENAME != node007'")
+    runs.wait(name, lambda: bool(runs.events(name, "unfit")))
+    runs.cluster.command("scontrol", "update", others, "state=resume")
+    runs.wait_finished(name)
+    lemons = run_dir(runs.workplace, name).lemons
+    assert excluded(lemons) == ["node007"]
+    (told,) = runs.events(name, "unfit")
+    assert "preflight_command" in told.detail
+    (started,) = runs.events(name, "started")
+    assert "node007" not in expand_hostlist(started.data["node_list"])
+    assert losses(runs.workplace, name) == undisturbed
+    script = launch(runs.workplace, "next", *TWO_NODES, "--dry-run").stdout
+    assert "#SBATCH --exclude=node007" in script
+    lemons.unlink()
 
 
 def test_a_crash_that_comes_back_stops_for_a_person_who_can_go_on(
