@@ -19,10 +19,25 @@ class ModelConfig:
     sequence_length: int  # tokens in a row
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    n_kv_heads: int | None = None  # grouped-query attention; null: as many as n_heads
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.head_dim * (self.n_kv_heads or self.n_heads)
+
+    def not_built(self) -> list[str]:
+        """What the plan knows and the trainer can't run yet."""
+        if self.n_kv_heads in (None, self.n_heads):
+            return []
+        return [
+            f"model.n_kv_heads={self.n_kv_heads}: the trainer computes as many key heads as query heads so far: "
+            f"set model.n_kv_heads={self.n_heads}"
+        ]
 
     def problems(self) -> list[str]:
         """What cannot be, one message each, naming the field, both numbers and the way out."""
@@ -42,6 +57,11 @@ class ModelConfig:
             found.append(
                 f"model.dim={self.dim} over model.n_heads={self.n_heads} gives heads of {self.head_dim}, and rotary "
                 f"embeddings turn pairs: choose an even head size"
+            )
+        if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
+            found.append(
+                f"model.n_heads={self.n_heads} does not divide into model.n_kv_heads={self.n_kv_heads} groups: "
+                f"choose a divisor of {self.n_heads}"
             )
         if self.norm_eps <= 0:
             found.append(f"model.norm_eps={self.norm_eps} must be above 0 (the paper's models use 1e-6 or 1e-5)")

@@ -17,11 +17,16 @@ class GpuConfig:
     intra_node_gb_per_s: float  # per GPU, one direction (NVLink, Infinity Fabric)
     inter_node_gb_per_s: float  # per GPU, one direction
     watts: float  # board power limit
+    # Calibration of the forecast; null: nothing was measured, so nothing is forecast.
+    matmul_fraction: float | None = None  # of the peak, that a matrix product without any edge reaches for hours
+    attention_fraction: float | None = None  # of the peak, that causal flash attention reaches forward
+    cores: int | None = None  # streaming multiprocessors or compute units: a matrix product runs in waves of them
+    usd_per_hour: list[float] | None = None  # of one GPU, rented: low, central, high
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """All parameters: embedding and untied output, and per layer 4 dim^2 + 3 dim ffn_dim + 2 dim; a final norm."""
-    per_layer = 4 * model.dim**2 + 3 * model.dim * model.ffn_dim + 2 * model.dim
+    """All parameters: embedding and untied output, and per layer 2 dim^2 + 2 dim kv_dim + 3 dim ffn_dim + 2 dim; a final norm."""
+    per_layer = 2 * model.dim * (model.dim + model.kv_dim) + 3 * model.dim * model.ffn_dim + 2 * model.dim
     return 2 * model.vocab_size * model.dim + model.n_layers * per_layer + model.dim
 
 

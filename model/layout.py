@@ -21,6 +21,12 @@ class Layout:
     microbatch_sequences: int = 1  # rows that one data-parallel rank computes at a time
     recompute: str = "none"  # activations in the backward pass: none | selective (the paper's) | full | auto
     pipeline_schedule: str = "1f1b"
+    virtual_stages: int = 1  # groups of layers on each pipeline rank (interleaved_1f1b)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether degrees are left to the plan: those that are 0 (layout=auto)."""
+        return 0 in (self.dp_replicate, self.dp_shard, self.tp, self.pp, self.cp, self.microbatch_sequences)
 
     @property
     def dp(self) -> int:
@@ -45,15 +51,17 @@ class Layout:
 
     def problems(self, model: ModelConfig, batch_sequences: int, gpus: int, gpus_per_node: int) -> list[str]:
         """What cannot be, against the model, the batch and the cluster (`gpus` in all, `gpus_per_node` on each)."""
-        degrees = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "microbatch_sequences")
+        degrees = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "microbatch_sequences", "virtual_stages")
         found = [f"layout.{d}={getattr(self, d)} must be at least 1" for d in degrees if getattr(self, d) < 1]
+        if self.is_open:
+            found = [f for f in found if "=0 " not in f]
         if self.recompute not in RECOMPUTE:
             found.append(f"layout.recompute={self.recompute} is none of {', '.join(RECOMPUTE)}")
         if self.pipeline_schedule not in PIPELINE_SCHEDULES:
             found.append(
                 f"layout.pipeline_schedule={self.pipeline_schedule} is none of {', '.join(PIPELINE_SCHEDULES)}"
             )
-        if found:
+        if found or self.is_open:
             return found
         rest = self.tp * self.pp * self.cp
         if self.gpus != gpus:
@@ -73,6 +81,7 @@ class Layout:
             )
         for degree, field, size in (
             ("tp", "n_heads", model.n_heads),
+            ("tp", "n_kv_heads", model.n_kv_heads or model.n_heads),
             ("tp", "ffn_dim", model.ffn_dim),
             ("tp", "vocab_size", model.vocab_size),
             ("tp", "sequence_length", model.sequence_length),
@@ -86,9 +95,16 @@ class Layout:
                 f"layout.tp={self.tp} is wider than a node of {gpus_per_node} GPUs: tensor parallelism needs the "
                 f"node's own links, set layout.tp<={gpus_per_node}"
             )
-        if self.pp > model.n_layers:
+        stages = self.pp * self.virtual_stages
+        if stages > model.n_layers:
             found.append(
-                f"layout.pp={self.pp} stages for model.n_layers={model.n_layers}: set layout.pp<={model.n_layers}"
+                f"layout.pp={self.pp} x layout.virtual_stages={self.virtual_stages} for "
+                f"model.n_layers={model.n_layers}: their product must be at most {model.n_layers}"
+            )
+        if self.virtual_stages > 1 and (self.pipeline_schedule != "interleaved_1f1b" or self.pp == 1):
+            found.append(
+                f"layout.virtual_stages={self.virtual_stages} is of interleaved pipelines: set "
+                f"layout.pipeline_schedule=interleaved_1f1b and layout.pp>1, or layout.virtual_stages=1"
             )
         rows = self.dp * self.microbatch_sequences
         if batch_sequences % rows:

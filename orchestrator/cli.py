@@ -54,6 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     config = _command(commands, "config", _config, "print the resolved configuration of a run, checked")
     _takes_overrides(config)
 
+    plan = _command(
+        commands,
+        "plan",
+        _plan,
+        "forecast a run: memory, speed, days, failures, energy, carbon, cost",
+        "What the run that the overrides describe will take, before anything is submitted. layout=auto chooses the layout.\n"
+        "Example: arriero plan experiment=llama_65b carbon.zone=FRA",
+    )
+    _takes_overrides(plan)
+    _takes_json(plan)
+
     launch = _command(
         commands,
         "launch",
@@ -391,6 +402,20 @@ def _logs(args: argparse.Namespace) -> int:
     from orchestrator import control
 
     return control.logs(args.run, rank=args.rank, lines=args.lines, follow=args.follow, as_json=args.json)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import time
+
+    from orchestrator import spec
+    from orchestrator.plan import forecast
+
+    found = forecast.plan(spec.compose(args.overrides, args.config_dir), time.time())
+    if args.json:
+        print_json(found.to_json())
+    else:
+        print(forecast.table(found))
+    return 0
 
 
 def _config(args: argparse.Namespace) -> int:

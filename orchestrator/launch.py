@@ -50,13 +50,14 @@ _MAY_CHANGE = (
     "spikes",
     "eval_every_steps",
     "run_root",
+    "plan",
 )
 
 
 def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> int:
     """Makes or finds the run directory, prepares the data, submits; on this machine also follows the run to its end."""
     console = Console(highlight=False, soft_wrap=True)
-    if missing := spec.layout.not_built():
+    if missing := [*spec.model.not_built(), *spec.layout.not_built()]:
         raise UserError("\n".join(missing))
     run_dir = RunDir(spec.run_dir.resolve())
     if dry_run:

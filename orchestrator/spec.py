@@ -22,6 +22,7 @@ from model.data.config import DataConfig
 from model.layout import Layout
 from orchestrator.energy.config import CarbonConfig
 from orchestrator.errors import UserError
+from orchestrator.plan.config import PlanConfig
 from orchestrator.spikes.config import SpikesConfig
 from slurm.request import ClusterConfig
 
@@ -47,6 +48,7 @@ class RunSpec:
     spikes: SpikesConfig
     carbon: CarbonConfig
     dashboard: DashboardConfig
+    plan: PlanConfig
     experiment: Any = None  # the name of the experiment that was chosen is in overrides.txt
 
     @property
@@ -78,6 +80,7 @@ class RunSpec:
             self.spikes,
             self.carbon,
             self.dashboard,
+            self.plan,
         )
         for section in sections:
             found += section.problems()

@@ -1,0 +1,200 @@
+"""`arriero plan`: what a run will take, before anything is submitted. Every figure has its unit in its name."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from dashboards.carbon import Range
+from model.cost import parameter_count
+from model.layout import Layout
+from orchestrator.energy import carbon
+from orchestrator.errors import UserError
+from orchestrator.plan.memory import Memory, memory
+from orchestrator.plan.search import best, closed, fits, nearest, step_of
+from orchestrator.plan.step import Step
+from orchestrator.spec import RunSpec
+
+SPEED_MARGIN = 0.12  # of a step's time: how far published tables lie from the forecast (docs/plan.md)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    layout: Layout
+    memory: Memory
+    step: Step
+    figures: dict[str, Range]
+    restarts: Range
+    save_s: float  # training waits for so long at each save
+    best_interval_s: float  # between saves: Young's
+    best_every_steps: int
+    carbon_source: str | None
+    start: str | None  # the greenest, in words
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": asdict(self.layout),
+            "memory": {**asdict(self.memory), "total_bytes": self.memory.total_bytes},
+            "step": asdict(self.step),
+            "run": {name: asdict(figure) for name, figure in self.figures.items()},
+            "restarts": asdict(self.restarts),
+            "checkpoint": {
+                "save_s": self.save_s,
+                "best_interval_s": self.best_interval_s,
+                "best_every_steps": self.best_every_steps,
+            },
+            "carbon_source": self.carbon_source,
+            "start": self.start,
+        }
+
+
+def ettr(failures_per_s: float, restart_s: float, interval_s: float, save_s: float) -> float:
+    """Effective training time ratio (arXiv 2410.21680): what failures, redone work and saves leave of the time."""
+    return max(0.0, 1 - failures_per_s * (restart_s + interval_s / 2)) / (1 + save_s / interval_s)
+
+
+def young_interval_s(save_s: float, failures_per_s: float) -> float:
+    """Between saves, what loses least: sqrt(2 w M)."""
+    return math.sqrt(2 * save_s / failures_per_s) if failures_per_s else math.inf
+
+
+def save_s(spec: RunSpec) -> float:
+    """Parameters and both moments, fp32, each rank its share, into the host's memory."""
+    return 12 * parameter_count(spec.model) / spec.cluster.gpus / (spec.plan.save_gb_per_s * 1e9)
+
+
+def failures_per_s(spec: RunSpec) -> list[float]:
+    nodes = spec.cluster.gpus / 8
+    return [rate * nodes / 1000 / 86400 for rate in spec.plan.failures_per_1000_node_days]
+
+
+def is_calibrated(spec: RunSpec) -> bool:
+    return None not in (spec.gpu.matmul_fraction, spec.gpu.attention_fraction, spec.gpu.cores)
+
+
+def plan(spec: RunSpec, now_s: float) -> Plan:
+    """Raises UserError where the GPU is not calibrated, or the layout does not fit its memory."""
+    if not is_calibrated(spec):
+        raise UserError(
+            f"gpu={spec.gpu.name} is not calibrated, so there is no forecast: choose gpu=a100_80gb, h100, h200, b200 or "
+            f"mi300x, or give gpu.matmul_fraction, gpu.attention_fraction and gpu.cores"
+        )
+    layout = best(spec) if spec.layout.is_open else closed(spec, spec.layout)
+    if not fits(spec, layout):
+        need = memory(spec.model, layout, spec.plan, spec.optim.batch_sequences).total_bytes / 1e9
+        ways = nearest(spec, layout)
+        raise UserError(
+            f"each rank needs {need:.1f} GB and a {spec.gpu.name} has {spec.gpu.memory_gb:g} GB. "
+            + ("Nearest layouts that fit:\n  " + "\n  ".join(ways) if ways else "No layout fits: take more nodes.")
+        )
+    step = step_of(spec, layout)
+    used = memory(spec.model, layout, spec.plan, spec.optim.batch_sequences)
+    step_s = Range((1 - SPEED_MARGIN) * step.step_s, step.step_s, (1 + SPEED_MARGIN) * step.step_s)
+    rates, pause = failures_per_s(spec), save_s(spec)
+    every_s = spec.checkpoint.every_steps * step.step_s
+    ratios = [ettr(r, u, every_s, pause) for r, u in zip(rates, spec.plan.restart_s, strict=True)]
+    if min(ratios) <= 0:
+        raise UserError(
+            f"a save every {every_s / 3600:.1f} h is too seldom for this rate of failures: set "
+            f"checkpoint.every_steps={max(1, round(young_interval_s(pause, rates[1]) / step.step_s))}"
+        )
+    ratio = Range(ratios[2], ratios[1], ratios[0])
+    train_h = step_s * (spec.steps / 3600)
+    hours = Range(train_h.low / ratio.high, train_h.central / ratio.central, train_h.high / ratio.low)
+    gpu_hours = hours * spec.cluster.gpus
+    site = carbon.energy_forecast(gpu_hours.central, spec.gpu.watts, spec.carbon.pue)
+    site = Range(site.low * hours.low / hours.central, site.central, site.high * hours.high / hours.central)
+    figures = {
+        "step_s": step_s,
+        "tokens_per_s": Range(
+            step.tokens_per_s / (1 + SPEED_MARGIN), step.tokens_per_s, step.tokens_per_s / (1 - SPEED_MARGIN)
+        ),
+        "tokens_per_s_per_gpu": Range(
+            step.tokens_per_s_per_gpu / (1 + SPEED_MARGIN),
+            step.tokens_per_s_per_gpu,
+            step.tokens_per_s_per_gpu / (1 - SPEED_MARGIN),
+        ),
+        "mfu": Range(step.mfu / (1 + SPEED_MARGIN), step.mfu, step.mfu / (1 - SPEED_MARGIN)),
+        "memory_bytes": Range(0.95 * used.total_bytes, used.total_bytes, 1.05 * used.total_bytes),
+        "train_gpu_hours": train_h * spec.cluster.gpus,
+        "hours": hours,
+        "days": hours * (1 / 24),
+        "ettr": ratio,
+        "gpu_hours": gpu_hours,
+        "energy_kwh": site * (1 / spec.carbon.pue),
+        "site_energy_kwh": site,
+    }
+    start, start_s, source = None, now_s, None
+    if spec.carbon.start == "greenest":
+        assert spec.carbon.series and spec.carbon.deadline
+        deadline_s = datetime.fromisoformat(spec.carbon.deadline).timestamp()
+        chosen = carbon.greenest_start(carbon.read_series(spec.carbon.series), now_s, 3600 * hours.central, deadline_s)
+        start, start_s = chosen.describe(site.central), chosen.start_s
+    if (found := carbon.carbon_forecast(site, spec.carbon, start_s, hours.central)) is not None:
+        figures["co2e_kg"], source = found
+    if spec.gpu.usd_per_hour:
+        usd = spec.gpu.usd_per_hour
+        figures["cost_usd"] = Range(gpu_hours.low * usd[0], gpu_hours.central * usd[1], gpu_hours.high * usd[2])
+    interval = young_interval_s(pause, rates[1])
+    return Plan(
+        layout=layout, memory=used, step=step, figures=figures,
+        restarts=Range(*(r * 3600 * h for r, h in zip(rates, (hours.low, hours.central, hours.high), strict=True))),
+        save_s=pause, best_interval_s=interval, best_every_steps=max(1, round(interval / step.step_s)),
+        carbon_source=source, start=start,
+    )  # fmt: skip
+
+
+def sentence(found: Plan) -> str:
+    """What `launch` says that it expects."""
+    f = found.figures
+    kwh = f["site_energy_kwh"]
+    return (
+        f"expected           {f['tokens_per_s'].central:,.0f} tokens/s, MFU {f['mfu'].central:.0%}, "
+        f"{found.memory.total_bytes / 1e9:.0f} GB a rank, {f['days'].central:.1f} days "
+        f"({f['days'].low:.1f} to {f['days'].high:.1f}), {kwh.central:,.0f} kWh ({kwh.low:,.0f} to {kwh.high:,.0f})"
+    )
+
+
+def resolved(spec: RunSpec) -> RunSpec:
+    """The run with its layout chosen, where `layout=auto` left it open."""
+    if not spec.layout.is_open:
+        return spec
+    if is_calibrated(spec):
+        return replace(spec, layout=best(spec))
+    gpus, rows = spec.cluster.gpus, spec.optim.batch_sequences
+    share = max((n for n in range(1, 9) if rows % (gpus * n) == 0), default=1)
+    chosen = Layout(name="auto", dp_shard=gpus, microbatch_sequences=share)
+    if wrong := chosen.problems(spec.model, rows, gpus, spec.cluster.gpus_per_node):
+        raise UserError("layout=auto: " + "; ".join(wrong))
+    return replace(spec, layout=chosen)
+
+
+def table(found: Plan) -> str:
+    lay, mem, step = found.layout, found.memory, found.step
+    lines = [
+        f"layout   dp_replicate {lay.dp_replicate} x dp_shard {lay.dp_shard} x tp {lay.tp} x pp {lay.pp} x cp {lay.cp}, "
+        f"{lay.microbatch_sequences} rows a microbatch, recompute {lay.recompute}, virtual stages {lay.virtual_stages}",
+        "memory   "
+        + ", ".join(f"{k.removesuffix('_bytes')} {v / 1e9:.1f} GB" for k, v in asdict(mem).items())
+        + f"; together {mem.total_bytes / 1e9:.1f} GB a rank",
+        f"step     {step.step_s:.3f} s: "
+        + ", ".join(
+            f"{k.removesuffix('_s').replace('_', ' ')} {100 * v / step.step_s:.1f}%"
+            for k, v in asdict(step).items()
+            if k.endswith("_s") and k not in ("step_s", "tokens_per_s") and v / step.step_s >= 0.001
+        ),
+        "",
+        f"{'':22}{'low':>16}{'central':>16}{'high':>16}",
+    ]
+    shown = {**found.figures, "restarts": found.restarts}
+    lines += [f"{k:22}{_n(v.low):>16}{_n(v.central):>16}{_n(v.high):>16}" for k, v in shown.items()]
+    lines += ["", f"a save holds training for {found.save_s:.2f} s; best saved every {found.best_every_steps:,} steps "
+              f"(checkpoint.every_steps; {found.best_interval_s:,.0f} s)"]  # fmt: skip
+    lines.append(f"carbon   {found.carbon_source or 'no intensity: give carbon.zone, carbon.series or another'}")
+    if found.start:
+        lines.append(found.start)
+    return "\n".join(lines)
+
+
+def _n(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

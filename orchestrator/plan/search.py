@@ -1,0 +1,102 @@
+"""Which layouts a run could have: all that the cluster allows, the fastest first."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from model.layout import Layout
+from orchestrator.errors import UserError
+from orchestrator.plan.memory import memory
+from orchestrator.plan.step import Step, forecast_step
+from orchestrator.spec import RunSpec
+
+MICROBATCHES = (1, 2, 4, 8, 16)
+
+
+def fits(spec: RunSpec, layout: Layout) -> bool:
+    return memory(spec.model, layout, spec.plan, spec.optim.batch_sequences).total_bytes <= spec.gpu.memory_gb * 1e9
+
+
+def closed(spec: RunSpec, layout: Layout) -> Layout:
+    """`recompute=auto` made the least that fits; full where none does."""
+    if layout.recompute != "auto":
+        return layout
+    tried = [replace(layout, recompute=r) for r in ("none", "selective", "full")]
+    return next((t for t in tried if fits(spec, t)), tried[-1])
+
+
+def layouts(spec: RunSpec) -> list[tuple[Step, Layout]]:
+    """Every layout that fits, fastest first; degrees of `spec.layout` that are not 0 are kept."""
+    found = []
+    for layout in _candidates(spec):
+        layout = closed(spec, layout)
+        if fits(spec, layout):
+            found.append((step_of(spec, layout), layout))
+    return sorted(found, key=lambda pair: pair[0].step_s)
+
+
+def step_of(spec: RunSpec, layout: Layout) -> Step:
+    return forecast_step(
+        spec.model, spec.gpu, spec.cluster.gpus_per_node, layout, spec.optim.batch_sequences, spec.plan
+    )
+
+
+def best(spec: RunSpec) -> Layout:
+    """Raises UserError where nothing fits."""
+    found = layouts(spec)
+    if not found:
+        raise UserError(
+            f"no layout of model={spec.model.name} fits {spec.cluster.gpus} GPUs of {spec.gpu.memory_gb:g} GB: "
+            f"take more nodes (cluster.nodes), or a GPU with more memory"
+        )
+    return found[0][1]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _candidates(spec: RunSpec) -> Iterator[Layout]:
+    want, gpus, layers = spec.layout, spec.cluster.gpus, spec.model.n_layers
+    for tp in [want.tp] if want.tp else _divisors(spec.cluster.gpus_per_node):
+        for pp in [want.pp] if want.pp else [d for d in _divisors(gpus // tp) if d <= min(layers, 64)]:
+            for cp in [want.cp] if want.cp else [1, 2, 4, 8, 16]:
+                if spec.model.sequence_length // cp < 4096 and cp > 1 and not want.cp:
+                    continue  # shorter pieces only send more
+                if gpus % (tp * pp * cp):
+                    continue
+                dp = gpus // (tp * pp * cp)
+                if want.dp_shard:
+                    shards = [want.dp_shard]
+                elif want.dp_replicate:
+                    shards = [dp // want.dp_replicate]
+                else:
+                    shards = [d for d in _divisors(dp) if d in (1, dp) or d & (d - 1) == 0]
+                for shard in shards:
+                    if shard < 1 or dp % shard:
+                        continue
+                    for rows in [want.microbatch_sequences] if want.microbatch_sequences else MICROBATCHES:
+                        groups = [v for v in (1, 2, 3, 4, 5, 6, 8) if layers % (pp * v) == 0] if pp > 1 else [1]
+                        for virtual in groups or [1]:
+                            layout = replace(
+                                want, dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp, cp=cp,
+                                microbatch_sequences=rows, virtual_stages=virtual,
+                                pipeline_schedule="interleaved_1f1b" if virtual > 1 else "1f1b",
+                            )  # fmt: skip
+                            if not layout.problems(
+                                spec.model, spec.optim.batch_sequences, gpus, spec.cluster.gpus_per_node
+                            ):
+                                yield layout
+
+
+def nearest(spec: RunSpec, layout: Layout, count: int = 3) -> list[str]:
+    """Overrides of the layouts that fit and differ least from `layout`, the faster of equals first."""
+    names = ("tp", "pp", "cp", "dp_shard", "dp_replicate", "microbatch_sequences", "recompute")
+    open_spec = replace(spec, layout=replace(
+        layout, dp_replicate=0, dp_shard=0, tp=0, pp=0, cp=0, microbatch_sequences=0, recompute="auto"
+    ))  # fmt: skip
+    found = [other for _, other in layouts(open_spec)]
+    found.sort(key=lambda o: sum(getattr(o, n) != getattr(layout, n) for n in names))
+    return [
+        " ".join(f"layout.{n}={getattr(o, n)}" for n in names if getattr(o, n) != getattr(layout, n))
+        for o in found[:count]
+    ]

@@ -1,0 +1,239 @@
+"""How long one optimizer step takes: matrix products in waves of tiles, memory traffic, links, the pipeline.
+
+Physical: every time is FLOPs over an achievable rate, bytes over a link, or a latency. The constants of a GPU are in
+hydra_conf/gpu/, those below hold for all of them; docs/numbers.md says where each comes from. No constant belongs to a
+model or to a row of a table.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from model.config import ModelConfig
+from model.cost import GpuConfig, flops_per_token
+from model.layout import Layout
+from orchestrator.plan.config import PlanConfig
+from orchestrator.plan.memory import layer_parameters, layers_by_stage
+
+HBM_FRACTION = 0.80  # of the bandwidth, that elementwise kernels reach
+INTRA_FRACTION = 0.77  # of NVLink, that NCCL's bus bandwidth reaches
+INTER_FRACTION = 0.80  # of InfiniBand
+INTRA_LATENCY_S = 3.4e-6  # one hop of a ring
+INTER_LATENCY_S = 14e-6
+KERNEL_S = 4e-6  # a kernel's launch, first loads and drain, that nothing hides
+KERNELS_PER_LAYER = 14  # of a forward pass
+# An output tile of a matrix product (rows, columns), and its rate against the best.
+TILES = ((256, 128, 1.0), (128, 128, 0.92), (128, 64, 0.75))
+PROLOGUE_K = 192  # of the inner dimension: filling the pipeline of a tile, and writing it
+MAX_SPLIT_K = 8
+BACKWARD_ATTENTION = 2.5  # FLOPs of flash attention's backward pass against the forward's (arXiv 2205.14135)
+BACKWARD_ATTENTION_RATE = 0.85  # its rate against the forward's (arXiv 2307.08691, figures 4 to 6)
+CONTENTION = 0.20  # of the time that communication is hidden behind compute, compute loses: cores and memory
+STRAGGLING = 0.03  # a step waits for its slowest rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step; the parts add up to `step_s`. `exposed`: what is not hidden behind compute."""
+
+    matmul_s: float
+    attention_s: float
+    elementwise_s: float  # norms, rotations, activations, kernels' launches
+    recompute_s: float
+    head_s: float  # embedding, logits and loss
+    exposed_tp_s: float  # tensor parallel, inside a node
+    exposed_cp_s: float
+    exposed_dp_s: float  # gathering parameters, reducing gradients
+    exposed_pp_s: float  # sending activations between stages
+    bubble_s: float
+    contention_s: float
+    optimizer_s: float
+    straggling_s: float
+    step_s: float
+    tokens_per_s: float  # all ranks
+    tokens_per_s_per_gpu: float
+    mfu: float
+    hfu: float  # with what is recomputed
+    model_tflops_per_gpu: float
+    hardware_tflops_per_gpu: float
+
+
+def forecast_step(
+    model: ModelConfig, gpu: GpuConfig, gpus_per_node: int, layout: Layout, batch_sequences: int, plan: PlanConfig
+) -> Step:
+    """A calibrated GPU (`gpu.matmul_fraction` is known) and a closed layout with recompute none, selective or full."""
+    assert gpu.matmul_fraction and gpu.attention_fraction and gpu.cores
+    d, kv, f, tp = model.dim, model.kv_dim, model.ffn_dim, layout.tp
+    microbatches = layout.accumulation_steps(batch_sequences)
+    tokens = layout.microbatch_sequences * model.sequence_length // layout.cp
+    peak = gpu.peak_bf16_tflops * 1e12
+    memory_bytes_per_s = gpu.memory_gb_per_s * 1e9 * HBM_FRACTION
+
+    def product_s(rows: int, inner: int, columns: int) -> float:
+        return matmul_s(rows, inner, columns, peak * gpu.matmul_fraction, gpu.cores, gpu.memory_gb_per_s * 1e9)  # type: ignore[operator,arg-type]
+
+    # ---- one layer, one microbatch, one rank
+    products = ((d, (d + 2 * kv) // tp), (d // tp, d), (d, 2 * f // tp), (f // tp, d))  # inner, columns
+    matmul_forward = sum(product_s(tokens, k, n) for k, n in products)
+    matmul_backward = sum(product_s(tokens, n, k) + product_s(k, tokens, n) for k, n in products)
+    attention_flops = 2 * tokens * model.sequence_length * d / tp  # QK^T and AV, causal half
+    if plan.attention == "flash":
+        attention_rate = peak * gpu.attention_fraction * min(1.0, model.head_dim / 128) ** 0.5
+        attention_forward = attention_flops / attention_rate
+        attention_backward = BACKWARD_ATTENTION * attention_flops / (attention_rate * BACKWARD_ATTENTION_RATE)
+    else:
+        # Whole squares, and each score through memory: written, softmax in and out, dropout in, out and mask, read.
+        scores = tokens * model.sequence_length * model.n_heads / tp
+        through_memory = scores * 13 / memory_bytes_per_s
+        squares = 2 * attention_flops / (peak * gpu.matmul_fraction * 0.6)  # inner dimension of a head only
+        attention_forward = squares + through_memory
+        attention_backward = 2 * squares + through_memory
+    residual = 1 / tp if plan.sequence_parallel else 1.0
+    elements = 9 * d * residual + (2 * (d + kv) + 3 * f) / tp
+    elementwise_forward = 2 * tokens * elements / memory_bytes_per_s + KERNELS_PER_LAYER * KERNEL_S
+    elementwise_backward = 2 * 2 * tokens * elements / memory_bytes_per_s + 2 * KERNELS_PER_LAYER * KERNEL_S
+    # Tensor and sequence parallel: two all-gathers and two reduce-scatters of the residual stream in each direction.
+    tp_pass = 4 * collective_s(2 * tokens * d, tp, tp, gpu)
+    # Context parallel: keys and values go around the ring; hidden behind attention as far as that reaches.
+    cp_pass = 0.0
+    if layout.cp > 1:
+        local = max(1, min(layout.cp, gpus_per_node // tp))
+        cp_pass = collective_s(2 * 2 * tokens * layout.cp * kv / tp, layout.cp, local, gpu)
+    cp_forward, cp_backward = max(0.0, cp_pass - attention_forward), max(0.0, 2 * cp_pass - attention_backward)
+
+    again = {"none": (0.0, 0.0, 0.0, 0.0), "selective": (0.0, 0.0, elementwise_forward, 0.0)}.get(
+        layout.recompute, (matmul_forward, attention_forward, elementwise_forward, tp_pass + cp_forward)
+    )
+    if layout.recompute == "selective" and plan.attention == "unfused":
+        again = (0.0, attention_forward, elementwise_forward, 0.0)  # arXiv 2205.05198's selective recomputation
+    forward_layer = matmul_forward + attention_forward + elementwise_forward + tp_pass + cp_forward
+    backward_layer = matmul_backward + attention_backward + elementwise_backward + tp_pass + cp_backward + sum(again)
+    layer_s = forward_layer + backward_layer
+
+    # ---- the head: logits and loss in chunks, forward and backward together
+    columns = model.vocab_size // tp
+    head_s = 3 * product_s(tokens, d, columns) + 10 * tokens * columns / memory_bytes_per_s
+
+    # ---- the pipeline: the slowest rank sets the pace, the fill and drain of the others is the bubble
+    full, last = layers_by_stage(model, layout)
+    pace = max(full * layer_s, last * layer_s + head_s)
+    mean = (model.n_layers * layer_s + head_s) / layout.pp
+    bubble_s = (layout.pp - 1) * pace / layout.virtual_stages
+    if layout.pipeline_schedule == "zero_bubble":
+        bubble_s /= 3  # ZB-H1's, at 1F1B's memory (arXiv 2401.10241, section 2)
+    # What the other ranks wait for the slowest one is bubble too; on average a rank has `mean` to do.
+    imbalance_s = microbatches * (pace - mean)
+    # Activations and their gradients: one boundary each way per microbatch and group of layers, over the node's links
+    # to the network, where tensor parallel ranks send a share each.
+    exposed_pp_s = 0.0
+    if layout.pp > 1:
+        inside = layout.pp * tp <= gpus_per_node and layout.dp * layout.cp == 1
+        link = gpu.intra_node_gb_per_s * INTRA_FRACTION if inside else gpu.inter_node_gb_per_s * INTER_FRACTION
+        one_way = 2 * tokens * d / tp / (link * 1e9) + INTER_LATENCY_S
+        hidden = 0.5 if layout.virtual_stages > 1 else 0.0  # interleaving sends while another group computes
+        exposed_pp_s = (1 - hidden) * 2 * layout.virtual_stages * microbatches * one_way + 2 * (layout.pp - 1) * one_way
+
+    # ---- data parallel: over dp and cp ranks, in shards and replicas
+    layers = model.n_layers / layout.pp
+    rank_parameters = layers * layer_parameters(model) / tp + model.vocab_size * d / tp * (2 if layout.pp == 1 else 1)
+    shards = layout.dp_shard * (layout.cp if layout.dp_shard > 1 else 1)
+    replicas = layout.dp * layout.cp // shards
+    node_ranks = max(1, gpus_per_node // tp)  # of one tensor parallel index, on one node
+    shard_local = min(shards, node_ranks)
+    # Replicas of a shard lie on one node only as far as the shards leave room.
+    replica_local = max(1, min(replicas, node_ranks // shard_local))
+    pieces = layers + 1  # collectives: one a layer, one for embedding and head
+    gather_s = pieces * collective_s(2 * rank_parameters / pieces, shards, shard_local, gpu)
+    scatter_s = pieces * collective_s(plan.gradient_bytes * rank_parameters / pieces, shards, shard_local, gpu)
+    reduce_s = 2 * collective_s(plan.gradient_bytes * rank_parameters / shards, replicas, replica_local, gpu, tree=True)
+    forward_s, backward_s = layers * forward_layer, layers * backward_layer + head_s / layout.pp
+    if layout.pp > 1:
+        # Gathered once a step and kept; gradients are reduced after the last microbatch. Both stick out but for what
+        # the other groups of layers hide.
+        hidden_share = 1 - 1 / max(2, layout.virtual_stages)
+        comm_s = gather_s + scatter_s + reduce_s
+        exposed_dp_s = (1 - hidden_share) * comm_s
+    else:
+        first = (gather_s + scatter_s + reduce_s) / pieces  # nothing is there yet to hide the first and the last
+        gather_forward = max(0.0, gather_s - forward_s)
+        gather_backward = max(0.0, gather_s - backward_s)
+        last_backward = max(0.0, gather_s + scatter_s + reduce_s - backward_s)
+        exposed_dp_s = first + microbatches * gather_forward + (microbatches - 1) * gather_backward + last_backward
+        comm_s = (2 * microbatches * gather_s if shards > 1 else 0.0) + scatter_s + reduce_s
+    contention_s = CONTENTION * max(0.0, comm_s - exposed_dp_s)
+
+    # AdamW reads parameter, gradient and two moments, writes three; clipping reads the gradient once more.
+    optimizer_s = 32 * rank_parameters / shards / memory_bytes_per_s + 2e-3
+
+    per_rank = microbatches * model.n_layers / layout.pp
+    busy_s = microbatches * mean + imbalance_s + bubble_s + exposed_pp_s + exposed_dp_s + contention_s + optimizer_s
+    straggling_s = STRAGGLING * busy_s * (1 if layout.gpus > 1 else 0)
+    step_s = busy_s + straggling_s
+    batch_tokens = batch_sequences * model.sequence_length
+    tokens_per_s = batch_tokens / step_s
+    model_flops = flops_per_token(model)
+    layers_flops = model_flops / 3 - 2 * model.vocab_size * d  # of a forward pass, without the head
+    hardware_flops = model_flops + (layers_flops if layout.recompute == "full" else 0.0)
+    per_gpu = tokens_per_s / layout.gpus
+    return Step(
+        matmul_s=per_rank * (matmul_forward + matmul_backward),
+        attention_s=per_rank * (attention_forward + attention_backward),
+        elementwise_s=per_rank * (elementwise_forward + elementwise_backward),
+        recompute_s=per_rank * sum(again),
+        head_s=microbatches * head_s / layout.pp,
+        exposed_tp_s=per_rank * 2 * tp_pass,
+        exposed_cp_s=per_rank * (cp_forward + cp_backward),
+        exposed_dp_s=exposed_dp_s,
+        exposed_pp_s=exposed_pp_s,
+        bubble_s=bubble_s + imbalance_s,
+        contention_s=contention_s,
+        optimizer_s=optimizer_s,
+        straggling_s=straggling_s,
+        step_s=step_s,
+        tokens_per_s=tokens_per_s,
+        tokens_per_s_per_gpu=per_gpu,
+        mfu=per_gpu * model_flops / peak,
+        hfu=per_gpu * hardware_flops / peak,
+        model_tflops_per_gpu=per_gpu * model_flops / 1e12,
+        hardware_tflops_per_gpu=per_gpu * hardware_flops / 1e12,
+    )
+
+
+@lru_cache(maxsize=1 << 16)
+def matmul_s(rows: int, inner: int, columns: int, rate: float, cores: int, memory_bytes_per_s: float) -> float:
+    """A [rows x inner] by [inner x columns] product, bf16: whole tiles in whole waves of cores, or the memory's time.
+
+    The last wave is as long as a full one (wave quantization); where tiles are few, the inner dimension is split among
+    cores. `rate` in FLOP/s of all cores at work.
+    """
+    best = math.inf
+    for tile_rows, tile_columns, share in TILES:
+        for shape in ((tile_rows, tile_columns), (tile_columns, tile_rows)):
+            tiles = math.ceil(rows / shape[0]) * math.ceil(columns / shape[1])
+            for split in (1, 2, 4, MAX_SPLIT_K):
+                waves = math.ceil(tiles * split / cores)
+                k = inner / split + PROLOGUE_K
+                best = min(best, waves * 2 * shape[0] * shape[1] * k * cores / (rate * share))
+                if waves > 12:
+                    break
+    moved = 2 * (rows * inner + inner * columns + rows * columns)
+    return max(best, moved / memory_bytes_per_s) + KERNEL_S
+
+
+def collective_s(size_bytes: float, ranks: int, local: int, gpu: GpuConfig, tree: bool = False) -> float:
+    """An all-gather to, or a reduce-scatter of, `size_bytes` on each of `ranks`, `local` of which share a node.
+
+    A ring: each rank's own link to the network carries its part of what the node must receive. `tree`: latency grows
+    with the logarithm, as NCCL's all-reduce has it.
+    """
+    if ranks == 1:
+        return 0.0
+    moved = size_bytes * (ranks - 1) / ranks
+    nodes = ranks // local
+    intra = gpu.intra_node_gb_per_s * 1e9 * INTRA_FRACTION
+    if nodes <= 1:
+        return moved / intra + (ranks - 1) * INTRA_LATENCY_S
+    inter = min(local * gpu.inter_node_gb_per_s * 1e9 * INTER_FRACTION, intra)
+    if tree:
+        return moved / inter + math.log2(nodes) * INTER_LATENCY_S + (local - 1) * INTRA_LATENCY_S
+    return moved / inter + nodes * INTER_LATENCY_S + (ranks - nodes) * INTRA_LATENCY_S
