@@ -126,7 +126,8 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
     }
     start, start_s, source = None, now_s, None
     if spec.carbon.start == "greenest":
-        assert spec.carbon.series and spec.carbon.deadline
+        assert spec.carbon.series
+        assert spec.carbon.deadline
         deadline_s = datetime.fromisoformat(spec.carbon.deadline).timestamp()
         chosen = carbon.greenest_start(carbon.read_series(spec.carbon.series), now_s, 3600 * hours.central, deadline_s)
         start, start_s = chosen.describe(site.central), chosen.start_s

@@ -21,7 +21,7 @@ class Memory:
 
     @property
     def total_bytes(self) -> float:
-        return sum(asdict(self).values())
+        return float(sum(asdict(self).values()))
 
 
 def layer_parameters(model: ModelConfig) -> int:

@@ -62,7 +62,10 @@ def forecast_step(
     model: ModelConfig, gpu: GpuConfig, gpus_per_node: int, layout: Layout, batch_sequences: int, plan: PlanConfig
 ) -> Step:
     """A calibrated GPU (`gpu.matmul_fraction` is known) and a closed layout with recompute none, selective or full."""
-    assert gpu.matmul_fraction and gpu.attention_fraction and gpu.cores
+    assert gpu.matmul_fraction
+    assert gpu.attention_fraction
+    assert gpu.cores
+    rate, cores = gpu.peak_bf16_tflops * 1e12 * gpu.matmul_fraction, gpu.cores
     d, kv, f, tp = model.dim, model.kv_dim, model.ffn_dim, layout.tp
     microbatches = layout.accumulation_steps(batch_sequences)
     tokens = layout.microbatch_sequences * model.sequence_length // layout.cp
@@ -70,7 +73,7 @@ def forecast_step(
     memory_bytes_per_s = gpu.memory_gb_per_s * 1e9 * HBM_FRACTION
 
     def product_s(rows: int, inner: int, columns: int) -> float:
-        return matmul_s(rows, inner, columns, peak * gpu.matmul_fraction, gpu.cores, gpu.memory_gb_per_s * 1e9)  # type: ignore[operator,arg-type]
+        return matmul_s(rows, inner, columns, rate, cores, gpu.memory_gb_per_s * 1e9)
 
     # ---- one layer, one microbatch, one rank
     products = ((d, (d + 2 * kv) // tp), (d // tp, d), (d, 2 * f // tp), (f // tp, d))  # inner, columns
