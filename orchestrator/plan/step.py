@@ -28,7 +28,7 @@ PROLOGUE_K = 192  # of the inner dimension: filling the pipeline of a tile, and 
 MAX_SPLIT_K = 8
 BACKWARD_ATTENTION = 2.5  # FLOPs of flash attention's backward pass against the forward's (arXiv 2205.14135)
 BACKWARD_ATTENTION_RATE = 0.85  # its rate against the forward's (arXiv 2307.08691, figures 4 to 6)
-CONTENTION = 0.20  # of the time that communication is hidden behind compute, compute loses: cores and memory
+CONTENTION = 0.22  # of the time that communication is hidden behind compute, compute loses: cores and memory
 STRAGGLING = 0.03  # a step waits for its slowest rank
 
 
