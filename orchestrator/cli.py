@@ -65,6 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     _takes_overrides(plan)
     _takes_json(plan)
 
+    simulate = _command(
+        commands,
+        "simulate",
+        _simulate,
+        "live a run many times under failures: ETTR, the best checkpoint interval, what spares buy",
+        "Failures of nodes and racks, failed restarts, spares and waits for nodes, at the rates of the group plan (plan.*).\n"
+        "Example: arriero simulate experiment=llama_65b plan.spare_nodes=4 --picture ettr.svg",
+    )
+    _takes_overrides(simulate)
+    simulate.add_argument("--seeds", type=int, default=1000, help="lives (default 1000)")
+    simulate.add_argument("--picture", type=Path, metavar="FILE", help="write ETTR by checkpoint interval (SVG)")
+    _takes_json(simulate)
+
     launch = _command(
         commands,
         "launch",
@@ -415,6 +428,22 @@ def _plan(args: argparse.Namespace) -> int:
         print_json(found.to_json())
     else:
         print(forecast.table(found))
+    return 0
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from orchestrator import spec
+    from orchestrator.plan.simulate import simulate
+
+    found = simulate(spec.compose(args.overrides, args.config_dir), args.seeds)
+    if args.picture:
+        args.picture.write_text(found.picture(), encoding="utf-8")
+    if args.json:
+        print_json({**found.to_json(), "picture": str(args.picture) if args.picture else None})
+    else:
+        print(found.table())
+        if args.picture:
+            print(f"drawn in {args.picture}")
     return 0
 
 

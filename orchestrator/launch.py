@@ -22,6 +22,7 @@ from model.data.prepare import PreparedData, prepare
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
 from orchestrator.errors import Failure, UserError
+from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, StepRecord, kept_steps, read_all_steps, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.show import write_page
@@ -57,6 +58,7 @@ _MAY_CHANGE = (
 def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> int:
     """Makes or finds the run directory, prepares the data, submits; on this machine also follows the run to its end."""
     console = Console(highlight=False, soft_wrap=True)
+    spec = forecast.resolved(spec)
     if missing := [*spec.model.not_built(), *spec.layout.not_built()]:
         raise UserError("\n".join(missing))
     run_dir = RunDir(spec.run_dir.resolve())
@@ -80,7 +82,14 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         console.print(f"{spec.name} is in the queue already, or runs: job {job_id}")
         _print_what_next(console, run_dir)
         return 0
+    expected = forecast.plan(spec, time.time()) if forecast.is_calibrated(spec) else None
     write_run_dir(spec, run_dir, overrides)
+    if expected is None:
+        console.print(f"no forecast        gpu={spec.gpu.name} is not calibrated (docs/plan.md)")
+    else:
+        console.print(forecast.sentence(expected))
+        if not run_dir.plan.exists():  # a run is graded by what was expected at its first start
+            _write(run_dir.plan, json.dumps(forecast.figures_json(expected), indent=1) + "\n")
     prepared = _prepare(console, spec)
     run_dir.data.write_text(f"{prepared.root.resolve()}\n")
     _print_mix(console, spec, prepared)

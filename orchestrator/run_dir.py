@@ -74,6 +74,11 @@ class RunDir:
         return self.root / "loss.svg"
 
     @property
+    def plan(self) -> Path:
+        """The forecast at the first start (JSON): figures with low, central and high, or none where there is no forecast."""
+        return self.root / "plan.json"
+
+    @property
     def page(self) -> Path:
         """The run as one HTML file (`arriero dashboard page`)."""
         return self.root / "page.html"

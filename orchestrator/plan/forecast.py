@@ -72,7 +72,7 @@ def is_calibrated(spec: RunSpec) -> bool:
     return None not in (spec.gpu.matmul_fraction, spec.gpu.attention_fraction, spec.gpu.cores)
 
 
-def plan(spec: RunSpec, now_s: float) -> Plan:
+def planned_layout(spec: RunSpec) -> Layout:
     """Raises UserError where the GPU is not calibrated, or the layout does not fit its memory."""
     if not is_calibrated(spec):
         raise UserError(
@@ -87,6 +87,16 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
             f"each rank needs {need:.1f} GB and a {spec.gpu.name} has {spec.gpu.memory_gb:g} GB. "
             + ("Nearest layouts that fit:\n  " + "\n  ".join(ways) if ways else "No layout fits: take more nodes.")
         )
+    return layout
+
+
+def planned_step(spec: RunSpec) -> Step:
+    return step_of(spec, planned_layout(spec))
+
+
+def plan(spec: RunSpec, now_s: float) -> Plan:
+    """Raises UserError where there is no forecast (`planned_layout`), or where failures leave no time to train."""
+    layout = planned_layout(spec)
     step = step_of(spec, layout)
     used = memory(spec.model, layout, spec.plan, spec.optim.batch_sequences)
     step_s = Range((1 - SPEED_MARGIN) * step.step_s, step.step_s, (1 + SPEED_MARGIN) * step.step_s)
@@ -143,6 +153,11 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
         save_s=pause, best_interval_s=interval, best_every_steps=max(1, round(interval / step.step_s)),
         carbon_source=source, start=start,
     )  # fmt: skip
+
+
+def figures_json(found: Plan) -> dict[str, Any]:
+    """plan.json: figures by name, which the run's page holds against what it measured."""
+    return {name: asdict(figure) for name, figure in found.figures.items()}
 
 
 def sentence(found: Plan) -> str:

@@ -1,0 +1,198 @@
+"""`arriero simulate`: one run lived through many times, failure by failure; what remains of the time, and what helps.
+
+From failure to failure: training and saving, a failure of one node or of a rack, the wait for nodes where no spare is
+left, restarts that may not come up, and on from the newest checkpoint. All seeds at once (numpy).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dashboards.curve import lines_svg
+from orchestrator.errors import UserError
+from orchestrator.plan import forecast
+from orchestrator.spec import RunSpec
+
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+PERCENTILES = (5, 50, 95)
+SPARES = (0, 1, 2, 4, 8, 16)
+MAX_OUTAGES = 20_000  # after so many a run counts as one that never ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Life:
+    """A run's circumstances. Times in seconds, of the whole cluster."""
+
+    work_s: float  # of steps alone
+    interval_s: float  # of work, between saves
+    save_s: float  # training waits
+    failures_per_s: float
+    restart_s: float  # of one try, mean
+    failed_restart_share: float
+    rack_share: float
+    rack_nodes: int
+    spare_nodes: int
+    repair_s: float
+    queue_wait_s: float  # mean
+
+
+def wall_s(life: Life, seeds: int, seed: int = 1) -> FloatArray:
+    """How long each of `seeds` lives takes [seeds]. Infinite where it never ends.
+
+    Failures come at a constant rate while the run trains. Half to one and a half of the mean is a restart's time, waits
+    are exponential; a node that failed comes back as a spare after its repair.
+    """
+    random = np.random.default_rng(seed)
+    time, saved = np.zeros(seeds), np.zeros(seeds)
+    free_at = np.zeros((seeds, life.spare_nodes))  # when each spare can be taken
+    alive = np.arange(seeds)
+    for _ in range(MAX_OUTAGES):
+        left_s = life.work_s - saved[alive]
+        to_end_s = left_s + life.save_s * np.floor(left_s / life.interval_s)
+        to_failure_s = (
+            random.exponential(1 / life.failures_per_s, len(alive))
+            if life.failures_per_s
+            else np.full(len(alive), np.inf)
+        )
+        ends = to_end_s <= to_failure_s
+        time[alive[ends]] += to_end_s[ends]
+        alive, to_failure_s = alive[~ends], to_failure_s[~ends]
+        if not len(alive):
+            return time
+        saved[alive] += life.interval_s * np.floor(to_failure_s / (life.interval_s + life.save_s))
+        lost_nodes = np.where(random.random(len(alive)) < life.rack_share, life.rack_nodes, 1)
+        now = time[alive] + to_failure_s
+        order = np.argsort(free_at[alive], axis=1)
+        ready = np.take_along_axis(free_at[alive], order, axis=1) <= now[:, None]
+        short = ready.sum(axis=1) < lost_nodes
+        wait_s = np.where(short, random.exponential(max(life.queue_wait_s, 1e-9), len(alive)), 0.0)
+        taken = ready & (np.arange(life.spare_nodes)[None, :] < lost_nodes[:, None])
+        spares = free_at[alive]
+        ranked = np.where(taken, now[:, None] + life.repair_s, np.take_along_axis(spares, order, axis=1))
+        np.put_along_axis(spares, order, ranked, axis=1)
+        free_at[alive] = spares
+        tries = random.geometric(1 - life.failed_restart_share, len(alive))
+        restart_s = tries * life.restart_s * random.uniform(0.5, 1.5, len(alive))
+        time[alive] = now + wait_s + restart_s
+    time[alive] = np.inf
+    return time
+
+
+def ettr(life: Life, seeds: int, seed: int = 1) -> FloatArray:
+    """Work over wall time of each life."""
+    return life.work_s / wall_s(life, seeds, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    seeds: int
+    life: Life
+    nodes: int
+    days: list[float]  # of PERCENTILES
+    ettr: list[float]
+    formula_ettr: float
+    intervals_s: list[float]
+    interval_ettr: list[float]  # medians
+    best_interval_s: float
+    best_every_steps: int
+    young_interval_s: float
+    spares: dict[int, float]  # spare nodes: median ETTR
+
+    def to_json(self) -> dict[str, Any]:
+        named = {f"p{p}": e for p, e in zip(PERCENTILES, self.ettr, strict=True)}
+        return {
+            "seeds": self.seeds,
+            "nodes": self.nodes,
+            "ettr": named,
+            "days": {f"p{p}": d for p, d in zip(PERCENTILES, self.days, strict=True)},
+            "formula_ettr": self.formula_ettr,
+            "interval_s": self.life.interval_s,
+            "save_s": self.life.save_s,
+            "mean_time_between_failures_h": 1 / self.life.failures_per_s / 3600 if self.life.failures_per_s else None,
+            "best_interval_s": self.best_interval_s,
+            "best_every_steps": self.best_every_steps,
+            "young_interval_s": self.young_interval_s,
+            "intervals": [
+                {"interval_s": i, "ettr_p50": e} for i, e in zip(self.intervals_s, self.interval_ettr, strict=True)
+            ],
+            "spares": [{"spare_nodes": n, "ettr_p50": e} for n, e in self.spares.items()],
+        }
+
+    def table(self) -> str:
+        rows = [
+            f"{self.seeds:,} lives of {self.nodes} nodes, a failure every "
+            + (f"{1 / self.life.failures_per_s / 3600:.1f} h" if self.life.failures_per_s else "never"),
+            f"ETTR     5% of lives below {self.ettr[0]:.3f}, half below {self.ettr[1]:.3f}, 95% below {self.ettr[2]:.3f}; "
+            f"the closed formula, which knows no queue, rack or failed restart, says {self.formula_ettr:.3f}",
+            f"days     {self.days[0]:.1f}, {self.days[1]:.1f}, {self.days[2]:.1f} (fewest last ETTR: 5%, 50%, 95% of lives)",
+            f"saving   every {self.life.interval_s:,.0f} s now; best every {self.best_interval_s:,.0f} s "
+            f"(checkpoint.every_steps={self.best_every_steps}); Young's formula {self.young_interval_s:,.0f} s",
+            "spares   "
+            + ", ".join(f"{n}: {e:.3f}" for n, e in self.spares.items())
+            + "   (median ETTR by spare nodes)",
+        ]
+        return "\n".join(rows)
+
+    def picture(self) -> str:
+        lines = [("median ETTR with its own spares", self.intervals_s, self.interval_ettr)]
+        return lines_svg(
+            f"ETTR by checkpoint interval, {self.seeds:,} lives", "seconds of work between saves", "ETTR", lines
+        )
+
+
+def simulate(spec: RunSpec, seeds: int) -> Simulation:
+    """Raises UserError as the plan does, and where a run never ends."""
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds} must be at least 1")
+    rate, restart_s = forecast.failures_per_s(spec)[1], spec.plan.restart_s[1]
+    step_s = forecast.planned_step(spec).step_s
+    life = Life(
+        work_s=spec.steps * step_s,
+        interval_s=spec.checkpoint.every_steps * step_s,
+        save_s=forecast.save_s(spec),
+        failures_per_s=rate,
+        restart_s=restart_s,
+        failed_restart_share=spec.plan.failed_restart_share,
+        rack_share=spec.plan.rack_share,
+        rack_nodes=min(spec.plan.rack_nodes, spec.cluster.nodes),
+        spare_nodes=spec.plan.spare_nodes,
+        repair_s=3600 * spec.plan.repair_h,
+        queue_wait_s=spec.plan.queue_wait_s,
+    )
+    taken_s = wall_s(life, seeds)
+    if not np.isfinite(taken_s).all():
+        raise UserError(
+            f"a run that saves every {life.interval_s:,.0f} s and fails every {1 / rate:,.0f} s never ends: "
+            f"save more often (checkpoint.every_steps)"
+        )
+    young = forecast.young_interval_s(life.save_s, rate)
+    tried = interval_grid(young if np.isfinite(young) else life.interval_s, step_s, life.work_s)
+    medians = [_median(replace(life, interval_s=i), seeds) for i in tried]
+    best = tried[int(np.argmax(medians))]
+    ratios = life.work_s / taken_s
+    return Simulation(
+        seeds=seeds,
+        life=life,
+        nodes=spec.cluster.nodes,
+        days=[float(d) for d in np.percentile(taken_s / 86400, PERCENTILES[::-1])],
+        ettr=[float(e) for e in np.percentile(ratios, PERCENTILES)],
+        formula_ettr=forecast.ettr(rate, restart_s, life.interval_s, life.save_s),
+        intervals_s=list(tried),
+        interval_ettr=medians,
+        best_interval_s=best,
+        best_every_steps=max(1, round(best / step_s)),
+        young_interval_s=young,
+        spares={n: _median(replace(life, spare_nodes=n), seeds) for n in sorted({*SPARES, life.spare_nodes})},
+    )
+
+
+def interval_grid(young_s: float, step_s: float, work_s: float) -> Sequence[float]:
+    """From a sixteenth of Young's to 64 times it, whole steps, each once."""
+    steps = np.unique(np.maximum(1, np.round(young_s * 2.0 ** np.arange(-4, 6.5, 0.5) / step_s)))
+    return [float(s * step_s) for s in steps if s * step_s <= work_s]
+
+
+def _median(life: Life, seeds: int) -> float:
+    return float(np.median(ettr(life, seeds)))

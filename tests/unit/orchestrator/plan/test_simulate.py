@@ -1,0 +1,100 @@
+"""Lives under failures, against the closed formulas where those hold."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator import spec as specs
+from orchestrator.errors import UserError
+from orchestrator.page_data import _forecast
+from orchestrator.plan import forecast
+from orchestrator.plan.simulate import Life, ettr, interval_grid, simulate, wall_s
+from orchestrator.run_dir import RunDir
+
+DAY = 86400.0
+PLAIN = Life(
+    work_s=21 * DAY, interval_s=600, save_s=10, failures_per_s=1 / DAY, restart_s=600, failed_restart_share=0,
+    rack_share=0, rack_nodes=16, spare_nodes=0, repair_s=DAY, queue_wait_s=0,
+)  # fmt: skip
+
+
+def test_without_failures_only_saves_take_time() -> None:
+    assert ettr(replace(PLAIN, failures_per_s=0), 3) == pytest.approx(600 / 610, rel=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "interval_s", "save_s"), [(0.5, 600, 0.1), (1, 600, 10), (4, 1800, 60), (6, 120, 1)])
+def test_the_mean_agrees_with_the_closed_formula_where_failures_are_rare(
+    rate: float, interval_s: float, save_s: float
+) -> None:
+    life = replace(PLAIN, failures_per_s=rate / DAY, interval_s=interval_s, save_s=save_s)
+    formula = forecast.ettr(life.failures_per_s, life.restart_s, interval_s, save_s)
+    assert float(np.mean(ettr(life, 1000))) == pytest.approx(formula, abs=0.005)
+
+
+def test_youngs_interval_is_as_good_as_the_best() -> None:
+    life = replace(PLAIN, failures_per_s=4 / DAY, save_s=30)
+    young = forecast.young_interval_s(life.save_s, life.failures_per_s)
+    tried = {i: float(np.mean(ettr(replace(life, interval_s=i), 1000))) for i in interval_grid(young, 1.0, life.work_s)}
+    best = max(tried, key=lambda i: tried[i])
+    assert young / 2 <= best <= young * 2
+    assert max(tried.values()) - float(np.mean(ettr(replace(life, interval_s=young), 1000))) < 0.002
+
+
+def test_each_hardship_costs_and_spares_give_back() -> None:
+    hard = replace(PLAIN, failures_per_s=4 / DAY, queue_wait_s=3600)
+    plain, queued = float(np.mean(ettr(replace(hard, queue_wait_s=0), 1000))), float(np.mean(ettr(hard, 1000)))
+    spared = [float(np.mean(ettr(replace(hard, spare_nodes=n), 1000))) for n in (1, 4, 16)]
+    assert queued < spared[0] < spared[1] < spared[2] <= plain + 0.002
+    few = replace(hard, spare_nodes=16)
+    assert np.mean(ettr(replace(few, rack_share=0.5), 1000)) < spared[2]
+    assert np.mean(ettr(replace(few, failed_restart_share=0.5), 1000)) < spared[2]
+
+
+def test_a_seed_gives_the_same_lives() -> None:
+    assert (wall_s(PLAIN, 50, seed=3) == wall_s(PLAIN, 50, seed=3)).all()
+
+
+def test_the_llama_run_is_simulated_with_its_picture() -> None:
+    found = simulate(specs.compose(["experiment=llama_65b"]), 200)
+    assert 0.8 < found.ettr[0] <= found.ettr[1] <= found.ettr[2] < 1
+    assert found.best_interval_s < found.life.interval_s
+    assert found.spares[16] > found.spares[0]
+    assert found.picture().startswith("<svg")
+    assert set(found.to_json()["ettr"]) == {"p5", "p50", "p95"}
+
+
+def test_a_run_that_never_ends_is_told() -> None:
+    spec = specs.compose(["experiment=llama_65b", "checkpoint.every_steps=100000",
+                          "plan.failures_per_1000_node_days=[300,300,300]"])  # fmt: skip
+    with pytest.raises(UserError, match="never ends"):
+        simulate(spec, 2)
+
+
+def test_the_written_forecast_is_graded_by_the_runs_page(tmp_path: Path) -> None:
+    import json
+
+    found = forecast.plan(specs.compose(["experiment=llama_7b"]), 0.0)
+    run_dir = RunDir(tmp_path)
+    run_dir.plan.write_text(json.dumps(forecast.figures_json(found)))
+    names = [
+        "step_s",
+        "tokens_per_s",
+        "mfu",
+        "memory_bytes",
+        "hours",
+        "ettr",
+        "gpu_hours",
+        "energy_kwh",
+        "site_energy_kwh",
+    ]
+    lines = _forecast(run_dir, dict.fromkeys(names, 1.0))
+    assert lines is not None
+    assert {line.figure for line in lines} == set(names)
+    assert all(line.low is not None and line.measured == 1.0 for line in lines)
+
+
+def test_layout_auto_is_resolved_where_nothing_is_calibrated() -> None:
+    spec = forecast.resolved(specs.compose(["layout=auto", "cluster.gpus_per_node=2"]))
+    assert (spec.layout.dp_shard, spec.problems()) == (2, [])
