@@ -87,7 +87,7 @@ def test_everything_wrong_is_told_together() -> None:
         (["model.n_heads=3"], ["model.dim=256", "model.n_heads=3", "set model.n_heads=2"]),
         (
             ["experiment=llama_65b", "cluster.nodes=64"],
-            ["2048 GPUs (dp 256 x tp 8)", "the cluster has 512", "set layout.dp_shard=64"],
+            ["2048 GPUs (dp 256 x tp 8)", "the cluster has 512", "set layout.dp_shard=16"],
         ),
         (["optim.batch_sequences=9"], ["optim.batch_sequences=9", "8 rows", "set optim.batch_sequences=8"]),
         (["data.sources.licences.proportion=0.5"], ["sum to 1.455, not 1", "change one by -0.455"]),

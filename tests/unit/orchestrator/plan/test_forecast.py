@@ -124,3 +124,16 @@ def test_the_greenest_start_is_told_with_what_it_saves(tmp_path) -> None:  # typ
     assert "2027-01-10" in found.start
     assert "saves" in found.start
     assert found.figures["co2e_kg"].central == pytest.approx(found.figures["site_energy_kwh"].central * 0.1)
+
+
+def test_the_commands_of_the_documentation_run(capsys: pytest.CaptureFixture[str]) -> None:
+    from pathlib import Path
+
+    from orchestrator.cli import main
+
+    text = (Path(__file__).resolve().parents[4] / "docs" / "plan.md").read_text()
+    commands = [line.split()[1:] for line in text.splitlines() if line.startswith(".venv/bin/arriero")]
+    assert len(commands) == 4
+    for words in commands:
+        assert main(words) == 0
+        assert capsys.readouterr().out
