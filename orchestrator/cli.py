@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs what is missing or failed",
     )
     launch.add_argument("--limit-parallel", type=int, default=None, metavar="N", help="of a sweep, points at one time")
+    launch.add_argument("--wait", action="store_true", help="of a sweep on Slurm, come back when all points have ended")
     launch.add_argument(
         "--halving",
         type=int,
@@ -372,9 +373,9 @@ def _launch(args: argparse.Namespace) -> int:
     if args.multirun:
         from orchestrator.sweep import launch_sweep
 
-        return launch_sweep(args.overrides, args.config_dir, args.limit_parallel, args.halving)
-    if args.halving is not None or args.limit_parallel is not None:
-        raise UserError("--halving and --limit-parallel are of a sweep: add -m")
+        return launch_sweep(args.overrides, args.config_dir, args.limit_parallel, args.wait, args.halving)
+    if args.wait or args.halving is not None or args.limit_parallel is not None:
+        raise UserError("--wait, --halving and --limit-parallel are of a sweep: add -m")
 
     return launch.launch(spec.compose(args.overrides, args.config_dir), args.overrides, dry_run=args.dry_run)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -203,6 +204,7 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+@cache  # the launches of a sweep share it
 def _code_version() -> tuple[str, str]:
     """The commit of the code that runs and what differs from it; the package's version where it is no checkout."""
     root = Path(__file__).resolve().parent.parent
@@ -216,6 +218,7 @@ def _code_version() -> tuple[str, str]:
     return f"arriero {metadata.version('arriero')} (no git checkout)", ""
 
 
+@cache
 def _environment() -> dict[str, Any]:
     packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     return {

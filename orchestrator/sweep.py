@@ -33,6 +33,7 @@ from orchestrator.errors import Failure, UserError
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec
+from orchestrator.sweep_slurm import submit_points, wait_for
 
 JOURNAL = "sweep.json"
 # Where and how a point runs, not what it computes: another cluster or a finer log makes no other point (unless it is swept).
@@ -124,9 +125,12 @@ def launch_sweep(
     overrides: Sequence[str],
     config_dir: Path | None = None,
     limit_parallel: int | None = None,
+    wait: bool = False,
     halving: int | None = None,
 ) -> int:
     """Runs what is missing or failed of the sweep that `overrides` describe. 0 when none of it failed, else 1.
+
+    On Slurm it comes back when all is queued, or with `wait` when all has ended.
 
     `halving`: successive halving (arXiv 1502.07943) from that step on: every point trains so far, the better half goes on to
     twice as many steps, and so on.
@@ -134,16 +138,18 @@ def launch_sweep(
     name, points = expand(overrides, config_dir)
     resolved = _composed(points, config_dir)
     first = resolved[0]
-    if first.cluster.kind != "local":
+    kinds = {s.cluster.kind for s in resolved}
+    if len(kinds) > 1:
         raise UserError(
-            f"cluster={first.cluster.name} (kind {first.cluster.kind}): sweeps run on this machine only so far. "
-            f"Choose cluster=local, or launch each point by itself without -m"
+            f"one sweep runs on Slurm or on this machine, and these points ask for {' and '.join(sorted(kinds))}"
         )
-    if limit_parallel is not None and limit_parallel != 1:
+    if limit_parallel is not None and (limit_parallel < 1 or (limit_parallel > 1 and "local" in kinds)):
         raise UserError(
-            f"--limit-parallel {limit_parallel}: on cluster=local points run one after another (each takes the whole machine), "
-            f"so only 1 is possible"
+            f"--limit-parallel {limit_parallel}: it must be at least 1, and on cluster=local, where each point takes the whole "
+            f"machine, no more than 1"
         )
+    if halving is not None and "local" not in kinds:
+        raise UserError("--halving runs on cluster=local only so far: sweep without it")
     if halving is not None:
         _refuse_unequal(halving, resolved)
     root = (Path(first.run_root) / name).resolve()
@@ -155,6 +161,9 @@ def launch_sweep(
         todo = [(p, s) for p, s in zip(points, resolved, strict=True) if not _finished(s)]
         shown = launching._short(root)
         print(f"sweep {shown}: {len(points)} points, {len(points) - len(todo)} finished, {len(todo)} to run")
+        if first.cluster.kind == "slurm":
+            submit_points(root, todo, limit_parallel)
+            return wait_for(root, todo) if wait else 0
         try:
             if halving is not None:
                 ok = _halve(list(zip(points, resolved, strict=True)), halving)

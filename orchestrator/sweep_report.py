@@ -19,6 +19,7 @@ from orchestrator.launch import last_record
 from orchestrator.record import Event, read_events
 from orchestrator.run_dir import RunDir
 from orchestrator.sweep import Journal, Point
+from orchestrator.sweep_slurm import live_points
 
 CURVE_POINTS = 150
 
@@ -52,15 +53,17 @@ def _central(statement: CarbonStatement | None, name: str) -> float | None:
 
 def status(root: Path) -> list[dict[str, Any]]:
     """One row a point, in the journal's order."""
-    return [_status(root, point) for point in Journal.read(root).points]
+    points = Journal.read(root).points
+    live = live_points(root) or {}
+    return [_status(root, point, live) for point in points]
 
 
-def _status(root: Path, point: Point) -> dict[str, Any]:
+def _status(root: Path, point: Point, live: dict[str, str]) -> dict[str, Any]:
     run_dir = RunDir(root / point.directory)
     events = read_events(run_dir.events)
     newest = last_record(run_dir)
     steps = specs.load(run_dir.spec).steps if run_dir.spec.exists() else None
-    state, detail = _state(run_dir, events)
+    state, detail = _state(run_dir, events, live.get(point.directory))
     return {
         "point": point.directory,
         "state": state,
@@ -73,13 +76,18 @@ def _status(root: Path, point: Point) -> dict[str, Any]:
     }
 
 
-def _state(run_dir: RunDir, events: list[Event]) -> tuple[str, str]:
-    """finished, running, failed, dropped (by halving), stopped (saved, to go on), interrupted (without a word) or waiting; and
-    why it failed or was dropped."""
+def _state(run_dir: RunDir, events: list[Event], slurms_word: str | None) -> tuple[str, str]:
+    """What it is, and why where it failed or was dropped.
+
+    finished, running, queued (on Slurm), failed, dropped (by halving), stopped (saved, to go on), interrupted (without a word)
+    or waiting.
+    """
     if any(e.kind == "finished" for e in events):
         return "finished", ""
-    if run_dir.is_at_work():
+    if run_dir.is_at_work() or slurms_word == "RUNNING":
         return "running", ""
+    if slurms_word:
+        return "queued", ""
     if not events:
         return "waiting", ""
     last = events[-1]
@@ -121,9 +129,10 @@ def report(root: Path) -> SweepReport:
         raise UserError(f"no point of {root} has begun: nothing to report")
     statements = account([accounted(run) for run in begun], ask_slurm=False)
     by_run = dict(zip(begun, statements, strict=False))
-    found = [_point(root, p, {a: values[p.directory].get(a, "") for a in axes}, by_run) for p in points]
+    live = live_points(root) or {}
+    found = [_point(root, p, {a: values[p.directory].get(a, "") for a in axes}, by_run, live) for p in points]
     found.sort(key=lambda p: p.held_out_loss if p.held_out_loss is not None and p.state == "finished" else math.inf)
-    rows = [_status(root, p) for p in points]
+    rows = [_status(root, p, live) for p in points]
     planned = sum(r["steps"] or 0 for r in rows)
     saved = sum(r["steps"] - r["step"] for r in rows if r["state"] == "dropped")
     return SweepReport(
@@ -135,10 +144,12 @@ def report(root: Path) -> SweepReport:
     )
 
 
-def _point(root: Path, point: Point, values: dict[str, str], by_run: dict[Path, CarbonStatement]) -> SweepPoint:
+def _point(
+    root: Path, point: Point, values: dict[str, str], by_run: dict[Path, CarbonStatement], live: dict[str, str]
+) -> SweepPoint:
     run_dir = RunDir(root / point.directory)
     events = read_events(run_dir.events)
-    state, detail = _state(run_dir, events)
+    state, detail = _state(run_dir, events, live.get(point.directory))
     begun = run_dir.spec.exists()
     columns = read_columns(run_dir.records)
     kept = columns.where(columns.kept())

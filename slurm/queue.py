@@ -42,7 +42,7 @@ def call(*words: str, timeout_s: float = _TIMEOUT_S) -> tuple[int, str, str]:
 
 def queued() -> dict[str, JobState] | None:
     """This user's jobs that slurmctld still knows, the ended ones of the last minutes too; None where it does not answer."""
-    code, out, _ = call("squeue", "--me", "--noheader", "--states=all", f"--format={_SQUEUE}")
+    code, out, _ = call("squeue", "--me", "--array", "--noheader", "--states=all", f"--format={_SQUEUE}")
     return None if code else parse_squeue(out)
 
 
@@ -63,6 +63,13 @@ def parse_squeue(text: str) -> dict[str, JobState]:
                 comment="" if comment == "(null)" else comment,
             )
     return jobs
+
+
+def max_array_size() -> int:
+    """Tasks that one array may have; Slurm's default where it does not answer."""
+    code, out, _ = call("scontrol", "show", "config")
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", out, re.MULTILINE)
+    return int(found[1]) if found and not code else 1001
 
 
 def accounted(job_ids: Sequence[str]) -> dict[str, JobState] | None:

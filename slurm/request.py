@@ -76,6 +76,16 @@ class JobRequest:
     token: str = ""  # what the job can be found by: in its comment
     begin: str | None = None  # not before this time, as sbatch --begin takes it
     exclude: tuple[str, ...] = ()  # nodes, beside cluster.exclude
+    array: "ArrayRequest | None" = None  # many runs in one job; `run_dir` is then where its script and logs go
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayRequest:
+    """One job array: task i runs the run directory in line i + 1 of `run_dirs`."""
+
+    run_dirs: str  # a file
+    count: int
+    limit_parallel: int | None = None
 
 
 class CannotSubmit(Exception):

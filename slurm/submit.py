@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.slurm.slurm import _make_sbatch_string
 
 from slurm import queue
 from slurm.request import CannotSubmit, JobRequest
@@ -171,14 +172,53 @@ def _sbatch(request: JobRequest) -> str:
         raise CannotSubmit(f"sbatch refused the job: {str(error).strip()}") from None
 
 
+def submit_array(request: JobRequest) -> str:
+    """One sbatch for many runs: the array's job id; task i of it is job "<id>_<i>". The caller keeps the journal."""
+    assert request.array
+    return _sbatch(request)
+
+
+def array_of(token: str, jobs: dict[str, queue.JobState]) -> str | None:
+    """The array that was submitted with `token`, of those that squeue still knows."""
+    found = (j.job_id for j in jobs.values() if j.comment == _comment(token))
+    return next((job_id.partition("_")[0] for job_id in found), None)
+
+
+def sbatch_settled(time_s: float) -> None:
+    """Waits until an sbatch that began at `time_s`, and whose caller was killed, has come to its end."""
+    time.sleep(max(0.0, min(_SBATCH_S, time_s + _SBATCH_S - time.time())))
+
+
+def _run_word(request: JobRequest) -> str:
+    """The run directory, as the script names it."""
+    return '"$ARRIERO_RUN"' if request.array else shlex.quote(request.run_dir)
+
+
 def _rank_command(request: JobRequest) -> str:
-    return shlex.join([sys.executable, "-u", "-m", "slurm.rank", request.entry, request.run_dir])
+    return shlex.join([sys.executable, "-u", "-m", "slurm.rank", request.entry]) + " " + _run_word(request)
 
 
 class _Executor(submitit.SlurmExecutor):  # type: ignore[misc]
     @classmethod
     def affinity(cls) -> int:
         return 2  # also without srun: a script can be read anywhere
+
+    count: int | None = None  # of an array
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return str(_make_sbatch_string(command=command, folder=self.folder, map_count=self.count, **self.parameters))
+
+
+def _task_of_array(request: JobRequest) -> list[str]:
+    """Which run this task is; and its ranks' logs, which submitit puts beside the script, shown in the run's own folder."""
+    assert request.array
+    name = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_${rank}_log.out"
+    logs = shlex.quote(str(Path(request.run_dir) / "logs"))
+    return [
+        f'ARRIERO_RUN=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(request.array.run_dirs)})',
+        'mkdir -p "$ARRIERO_RUN/logs"',
+        f'for rank in $(seq 0 $((SLURM_NTASKS - 1))); do ln -sfn {logs}/"{name}" "$ARRIERO_RUN/logs/{name}"; done',
+    ]
 
 
 def _slurm_executor(request: JobRequest) -> Any:
@@ -187,13 +227,17 @@ def _slurm_executor(request: JobRequest) -> Any:
     folder = Path(request.run_dir) / "logs"
     executor = _Executor(folder)
     supervise = shlex.join([sys.executable, "-m", SUPERVISE])
-    run = shlex.quote(request.run_dir)
+    run = _run_word(request)
     setup = [
+        *(_task_of_array(request) if request.array else []),
         "trap : TERM",  # on a requeue srun ends first, then the lines after it have KillWait to do their part
         *([f"export PYTHONPATH={shlex.quote(request.code)}${{PYTHONPATH:+:$PYTHONPATH}}"] if request.code else []),
         *cluster.setup,
         f"{supervise} begin {run} || exit",
     ]
+    if request.array:
+        executor.count = request.array.count
+        executor.update_parameters(array_parallelism=request.array.limit_parallel or request.array.count)
     exclude = ",".join([*([cluster.exclude] if cluster.exclude else []), *request.exclude])
     sbatch: dict[str, Any] = {"requeue": True, **({"begin": request.begin} if request.begin else {})}
     sbatch |= {k: v for k, v in (("reservation", cluster.reservation),) if v}

@@ -1,0 +1,159 @@
+"""The points of a sweep on Slurm: one job array (split where the site's MaxArraySize asks for it), each point supervised and
+requeued like any run.
+
+A submission is a file `submissions/<token>.json` in the sweep's directory, on disk before sbatch is called; the token goes into
+the array's comment. A command that was killed in between finds its array again, and a point that is queued or runs is never
+submitted a second time.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+
+from orchestrator import launch as launching
+from orchestrator.errors import UserError
+from orchestrator.record import Event, JsonlWriter, read_events, utc_now
+from orchestrator.run_dir import RunDir
+from orchestrator.snapshot import snapshot
+from orchestrator.spec import RunSpec
+from orchestrator.spikes.watch import stopped_for_a_person
+from slurm import queue
+from slurm.request import ArrayRequest, CannotSubmit, ClusterConfig, JobRequest
+from slurm.submit import array_of, find, sbatch_settled, submit_array
+
+_LOOK_S = 2.0  # between two looks at the queue, waiting
+
+
+class _Point(Protocol):
+    @property
+    def directory(self) -> str: ...
+
+    @property
+    def overrides(self) -> list[str]: ...
+
+
+def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_parallel: int | None) -> None:
+    """Queues what is not queued yet and does not run. Raises UserError, Failure or CannotSubmit."""
+    if not todo:
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    live = live_points(root)
+    if live is None:
+        raise CannotSubmit(
+            "squeue does not answer, so nobody can tell which points are queued already: try again later"
+        )
+    fresh: list[tuple[_Point, RunSpec]] = []
+    for point, spec in todo:
+        run_dir = RunDir(spec.run_dir)
+        if point.directory in live or find(run_dir.submission):
+            continue
+        if missing := spec.layout.not_built():
+            raise UserError("\n".join(missing))
+        if why := stopped_for_a_person(read_events(run_dir.events), spec.spikes):
+            print(f"{point.directory}: stopped for a person to look at it: {why.splitlines()[0]}; not submitted")
+            continue
+        fresh.append((point, spec))
+    print(f"{len(todo) - len(fresh)} queued or running already (or stopped for a person), {len(fresh)} to submit")
+    prepared: dict[str, Path] = {}
+    for point, spec in fresh:
+        run_dir = RunDir(spec.run_dir)
+        launching.write_run_dir(spec, run_dir, point.overrides)
+        if (key := str(spec.data)) not in prepared:
+            prepared[key] = launching._prepare(console, spec).root.resolve()
+        run_dir.data.write_text(f"{prepared[key]}\n")
+        run_dir.cancelled.unlink(missing_ok=True)
+        if any(e.kind == "failed" for e in read_events(run_dir.events)[-1:]):  # crashes are counted anew
+            with JsonlWriter(run_dir.events / "launcher.jsonl") as events:
+                events.write(Event(time_utc=utc_now(), kind="resumed_by_hand", step=0, detail="submitted again"))
+    code = str(snapshot(root / "code"))
+    largest = queue.max_array_size()
+    for cluster, runs in _by_cluster(fresh):
+        parts = [runs[i : i + largest] for i in range(0, len(runs), largest)]
+        for part in parts:
+            limit = max(1, limit_parallel // len(parts)) if limit_parallel else None
+            job_id = _submit(root, part, cluster, code, limit)
+            at_once = f", {limit} at a time" if limit else ""
+            print(f"job array {job_id}: {len(part)} points on {cluster.name}{at_once}")
+
+
+def _by_cluster(fresh: Sequence[tuple[_Point, RunSpec]]) -> list[tuple[ClusterConfig, list[RunSpec]]]:
+    """An array's tasks all ask for the same."""
+    found: dict[str, tuple[ClusterConfig, list[RunSpec]]] = {}
+    for _, spec in fresh:
+        found.setdefault(str(spec.cluster), (spec.cluster, []))[1].append(spec)
+    return list(found.values())
+
+
+def _submit(root: Path, runs: Sequence[RunSpec], cluster: ClusterConfig, code: str, limit: int | None) -> str:
+    token = uuid.uuid4().hex
+    folder = root / "submissions"
+    folder.mkdir(exist_ok=True)
+    lines = folder / f"{token}.txt"
+    lines.write_text("".join(f"{run.run_dir}\n" for run in runs))
+    journal = {"points": [run.name for run in runs], "job_id": None, "time_s": time.time()}
+    launching._write(folder / f"{token}.json", json.dumps(journal))
+    job_id = submit_array(
+        JobRequest(
+            name=root.name,
+            entry=launching.WORKER,
+            run_dir=str(root),
+            cluster=cluster,
+            code=code,
+            token=token,
+            array=ArrayRequest(run_dirs=str(lines), count=len(runs), limit_parallel=limit),
+        )
+    )
+    _submitted(root, folder / f"{token}.json", job_id)
+    return job_id
+
+
+def _submitted(root: Path, path: Path, job_id: str) -> None:
+    """Into the journal, and into each point's own, so that `arriero status` and `cancel` know its job."""
+    journal = json.loads(path.read_text())
+    for task, name in enumerate(journal["points"]):
+        entry = {"token": f"{path.stem}.{task}", "job_id": f"{job_id}_{task}", "time_s": time.time()}
+        launching._write(RunDir(root / name).submission, json.dumps(entry))
+    launching._write(path, json.dumps({**journal, "job_id": job_id}))
+
+
+def live_points(root: Path) -> dict[str, str] | None:
+    """Slurm's word for each point that is queued or runs; None where Slurm does not answer. Mends journals that a kill left
+    without their array."""
+    paths = sorted((root / "submissions").glob("*.json"))
+    if not paths:
+        return {}
+    journals = {path: json.loads(path.read_text()) for path in paths}
+    for journal in journals.values():
+        if not journal["job_id"]:
+            sbatch_settled(journal["time_s"])
+    jobs = queue.queued()
+    if jobs is None:
+        return None
+    found: dict[str, str] = {}
+    for path, journal in journals.items():
+        job_id = journal["job_id"]
+        if not job_id and (job_id := array_of(path.stem, jobs)):
+            _submitted(root, path, job_id)
+        for task, name in enumerate(journal["points"]):
+            job = jobs.get(f"{job_id}_{task}")
+            if job is not None and job.live:
+                found[name] = job.state
+    return found
+
+
+def wait_for(root: Path, todo: Sequence[tuple[_Point, RunSpec]]) -> int:
+    """Until no point is queued or runs any more: 0 when all are finished, else 1. Ctrl-C leaves them to themselves."""
+    try:
+        while live_points(root) != {}:  # also where Slurm does not answer for a while
+            time.sleep(_LOOK_S)
+    except KeyboardInterrupt:
+        print("left to themselves: the points go on; `arriero sweep status` tells how far")
+        return 1
+    finished = sum(launching.is_finished(RunDir(spec.run_dir)) for _, spec in todo)
+    print(f"{finished} of {len(todo)} finished; see them with `arriero sweep report {launching._short(root)}`")
+    return 0 if finished == len(todo) else 1
