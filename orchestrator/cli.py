@@ -434,8 +434,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _simulate(args: argparse.Namespace) -> int:
     from orchestrator import spec
+    from orchestrator.errors import UserError
     from orchestrator.plan.simulate import simulate
 
+    if args.picture and not args.picture.parent.is_dir():
+        raise UserError(f"--picture {args.picture}: the folder {args.picture.parent} does not exist")
     found = simulate(spec.compose(args.overrides, args.config_dir), args.seeds)
     if args.picture:
         args.picture.write_text(found.picture(), encoding="utf-8")

@@ -106,7 +106,7 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
     if min(ratios) <= 0:
         raise UserError(
             f"a save every {every_s / 3600:.1f} h is too seldom for this rate of failures: set "
-            f"checkpoint.every_steps={max(1, round(young_interval_s(pause, rates[1]) / step.step_s))}"
+            f"checkpoint.every_steps={max(1, round(young_interval_s(pause, rates[2]) / step.step_s))}"
         )
     ratio = Range(ratios[2], ratios[1], ratios[0])
     train_h = step_s * (spec.steps / 3600)
@@ -146,7 +146,7 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
     if spec.gpu.usd_per_hour:
         usd = spec.gpu.usd_per_hour
         figures["cost_usd"] = Range(gpu_hours.low * usd[0], gpu_hours.central * usd[1], gpu_hours.high * usd[2])
-    interval = young_interval_s(pause, rates[1])
+    interval = min(young_interval_s(pause, rates[1]), spec.steps * step.step_s)
     return Plan(
         layout=layout, memory=used, step=step, figures=figures,
         restarts=Range(*(r * 3600 * h for r, h in zip(rates, (hours.low, hours.central, hours.high), strict=True))),
@@ -172,15 +172,23 @@ def sentence(found: Plan) -> str:
 
 
 def resolved(spec: RunSpec) -> RunSpec:
-    """The run with its layout chosen, where `layout=auto` left it open."""
+    """The run with its layout chosen among those the trainer can run, where `layout=auto` left it open."""
     if not spec.layout.is_open:
         return spec
+    want = replace(spec.layout, tp=spec.layout.tp or 1, pp=spec.layout.pp or 1, cp=spec.layout.cp or 1)
     if is_calibrated(spec):
-        return replace(spec, layout=best(spec))
-    gpus, rows = spec.cluster.gpus, spec.optim.batch_sequences
-    share = max((n for n in range(1, 9) if rows % (gpus * n) == 0), default=1)
-    chosen = Layout(name="auto", dp_shard=gpus, microbatch_sequences=share)
-    if wrong := chosen.problems(spec.model, rows, gpus, spec.cluster.gpus_per_node):
+        return replace(spec, layout=best(replace(spec, layout=want)))
+    # Nothing is known of this hardware: share over all ranks, and as many rows at a time as go, up to 8.
+    rows = spec.optim.batch_sequences
+    dp = spec.cluster.gpus // (want.tp * want.pp * want.cp)
+    shard = want.dp_shard or dp // (want.dp_replicate or 1)
+    replicate = want.dp_replicate or dp // max(1, shard)
+    at_once = want.microbatch_sequences or max((n for n in range(1, 9) if rows % (max(1, dp) * n) == 0), default=1)
+    chosen = replace(
+        want, dp_shard=max(1, shard), dp_replicate=max(1, replicate), microbatch_sequences=at_once,
+        recompute="none" if want.recompute == "auto" else want.recompute,
+    )  # fmt: skip
+    if wrong := chosen.problems(spec.model, rows, spec.cluster.gpus, spec.cluster.gpus_per_node):
         raise UserError("layout=auto: " + "; ".join(wrong))
     return replace(spec, layout=chosen)
 

@@ -122,8 +122,12 @@ class Simulation:
 
     def table(self) -> str:
         rows = [
-            f"{self.seeds:,} lives of {self.nodes} nodes, a failure every "
-            + (f"{1 / self.life.failures_per_s / 3600:.1f} h" if self.life.failures_per_s else "never"),
+            f"{self.seeds:,} lives of {self.nodes} nodes, a failure "
+            + (
+                f"every {1 / self.life.failures_per_s / 3600:.1f} h of training"
+                if self.life.failures_per_s
+                else "never"
+            ),
             f"ETTR     5% of lives below {self.ettr[0]:.3f}, half below {self.ettr[1]:.3f}, 95% below {self.ettr[2]:.3f}; "
             f"the closed formula, which knows no queue, rack or failed restart, says {self.formula_ettr:.3f}",
             f"days     5% of lives take less than {self.days[0]:.1f}, half {self.days[1]:.1f}, 95% {self.days[2]:.1f}",
@@ -167,8 +171,8 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
             f"a run that saves every {life.interval_s:,.0f} s and fails every {1 / rate:,.0f} s never ends: "
             f"save more often (checkpoint.every_steps)"
         )
-    young = forecast.young_interval_s(life.save_s, rate)
-    tried = interval_grid(young if np.isfinite(young) else life.interval_s, step_s, life.work_s)
+    young = min(forecast.young_interval_s(life.save_s, rate), life.work_s)
+    tried = interval_grid(young, step_s, life.work_s)
     medians = [_median(replace(life, interval_s=i), seeds) for i in tried]
     best = tried[int(np.argmax(medians))]
     ratios = life.work_s / taken_s

@@ -98,3 +98,20 @@ def test_the_written_forecast_is_graded_by_the_runs_page(tmp_path: Path) -> None
 def test_layout_auto_is_resolved_where_nothing_is_calibrated() -> None:
     spec = forecast.resolved(specs.compose(["layout=auto", "cluster.gpus_per_node=2"]))
     assert (spec.layout.dp_shard, spec.problems()) == (2, [])
+
+
+def test_layout_auto_launches_only_what_the_trainer_can_run_and_keeps_what_is_set() -> None:
+    spec = specs.compose(["experiment=llama_7b", "layout=auto"])
+    chosen = forecast.resolved(spec).layout
+    assert chosen.not_built() == []
+    assert chosen.gpus == 2048
+    kept = forecast.resolved(specs.compose(["layout=auto", "cluster.gpus_per_node=2", "layout.dp_replicate=2"])).layout
+    assert (kept.dp_replicate, kept.dp_shard, kept.recompute) == (2, 1, "none")
+
+
+def test_a_run_without_failures_is_planned_and_simulated() -> None:
+    import json
+
+    spec = specs.compose(["experiment=llama_7b", "plan.failures_per_1000_node_days=[0,0,0]"])
+    for found in (forecast.plan(spec, 0.0).to_json(), simulate(spec, 5).to_json()):
+        assert "Infinity" not in json.dumps(found)
