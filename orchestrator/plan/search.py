@@ -44,6 +44,15 @@ def best(spec: RunSpec) -> Layout:
     """Raises UserError where nothing fits."""
     found = layouts(spec)
     if not found:
+        kept = [
+            f"layout.{n}={v}" for n in ("tp", "pp", "cp", "dp_shard", "dp_replicate") if (v := getattr(spec.layout, n))
+        ]
+        if kept and next(_candidates(spec), None) is None:
+            raise UserError(
+                f"no layout of {spec.cluster.gpus} GPUs for model={spec.model.name} and "
+                f"optim.batch_sequences={spec.optim.batch_sequences} has {' '.join(kept)}: leave them to layout=auto, or "
+                f"choose divisors of the model's heads and sizes, and of the cluster"
+            )
         raise UserError(
             f"no layout of model={spec.model.name} fits {spec.cluster.gpus} GPUs of {spec.gpu.memory_gb:g} GB: "
             f"take more nodes (cluster.nodes), or a GPU with more memory"
