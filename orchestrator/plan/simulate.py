@@ -94,7 +94,7 @@ class Simulation:
     ettr: list[float]
     formula_ettr: float
     intervals_s: list[float]
-    interval_ettr: list[float]  # medians
+    interval_ettr: list[list[float]]  # PERCENTILES of each
     best_interval_s: float
     best_every_steps: int
     young_interval_s: float
@@ -115,7 +115,8 @@ class Simulation:
             "best_every_steps": self.best_every_steps,
             "young_interval_s": self.young_interval_s,
             "intervals": [
-                {"interval_s": i, "ettr_p50": e} for i, e in zip(self.intervals_s, self.interval_ettr, strict=True)
+                {"interval_s": i, **{f"ettr_p{p}": e for p, e in zip(PERCENTILES, band, strict=True)}}
+                for i, band in zip(self.intervals_s, self.interval_ettr, strict=True)
             ],
             "spares": [{"spare_nodes": n, "ettr_p50": e} for n, e in self.spares.items()],
         }
@@ -140,7 +141,14 @@ class Simulation:
         return "\n".join(rows)
 
     def picture(self) -> str:
-        lines = [("median ETTR with its own spares", self.intervals_s, self.interval_ettr)]
+        lines = [
+            (
+                f"{100 - p}% of lives above" if p != 50 else "median",
+                self.intervals_s,
+                [band[i] for band in self.interval_ettr],
+            )
+            for i, p in enumerate(PERCENTILES)
+        ]
         return lines_svg(
             f"ETTR by checkpoint interval, {self.seeds:,} lives", "seconds of work between saves", "ETTR", lines
         )
@@ -173,8 +181,8 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
         )
     young = min(forecast.young_interval_s(life.save_s, rate), life.work_s)
     tried = interval_grid(young, step_s, life.work_s)
-    medians = [_median(replace(life, interval_s=i), seeds) for i in tried]
-    best = tried[int(np.argmax(medians))]
+    bands = [np.percentile(ettr(replace(life, interval_s=i), seeds), PERCENTILES) for i in tried]
+    best = tried[int(np.argmax([band[1] for band in bands]))]
     ratios = life.work_s / taken_s
     return Simulation(
         seeds=seeds,
@@ -184,7 +192,7 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
         ettr=[float(e) for e in np.percentile(ratios, PERCENTILES)],
         formula_ettr=forecast.ettr(rate, restart_s, life.interval_s, life.save_s),
         intervals_s=list(tried),
-        interval_ettr=medians,
+        interval_ettr=[[float(e) for e in band] for band in bands],
         best_interval_s=best,
         best_every_steps=max(1, round(best / step_s)),
         young_interval_s=young,
