@@ -13,9 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -254,13 +252,8 @@ class _Stopped(Exception):
 
 
 def _composed(points: Sequence[Point], config_dir: Path | None) -> list[RunSpec]:
-    """Every point, checked before any is launched. Hydra takes 0.1 s a point, so many share the cores."""
-    compose = partial(_compose, config_dir=config_dir)
-    if len(points) < 16:
-        tried = list(map(compose, points))
-    else:
-        with ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            tried = list(pool.map(compose, points, chunksize=4))
+    """Every point, checked before any is launched."""
+    tried = specs.compose_many([p.overrides for p in points], config_dir)
     found = [t for t in tried if isinstance(t, RunSpec)]
     wrong = [f"{p.directory}: {t}" for p, t in zip(points, tried, strict=True) if isinstance(t, str)]
     if wrong:
@@ -269,13 +262,6 @@ def _composed(points: Sequence[Point], config_dir: Path | None) -> list[RunSpec]
             f"{len(wrong)} of {len(points)} points cannot run; nothing was launched.\n" + "\n".join(wrong[:5]) + more
         )
     return found
-
-
-def _compose(point: Point, config_dir: Path | None) -> RunSpec | str:
-    try:
-        return specs.compose(point.overrides, config_dir)
-    except UserError as error:
-        return str(error)
 
 
 def _entered(root: Path, points: Sequence[Point]) -> list[Point]:

@@ -127,3 +127,23 @@ def test_a_users_own_group_is_found(tmp_path) -> None:  # type: ignore[no-untype
         "name: mine\ndim: 128\nn_layers: 2\nn_heads: 2\nffn_dim: 384\nvocab_size: 512\nsequence_length: 64\n"
     )
     assert compose(["model=mine"], tmp_path).model.dim == 128
+
+
+def test_composing_many_gives_what_composing_each_gives() -> None:
+    many = [
+        ["model=nano", "optim.lr=1e-3", "seed=2"],
+        ["model=nano", "optim.lr=2e-3", "optim.lr=4e-3", "name=x"],
+        ["model.vocab_size=1024", "model=tiny"],  # the tokenizer's size follows the model's
+        ["experiment=first_run", "steps=7", "optim.warmup_steps=3"],
+        ["data.sources.licences.proportion=0.5", "data.sources.books_two={path: x, format: text, proportion: 0.1}"],
+        ["+data.sources.more={path: x, format: jsonl, proportion: 0.1}", "data.sources.licences.proportion=0.01"],
+        ["model=nano", "model.n_heads=3"],
+        ["model=nano", "no.such=1"],
+        ["model=nothere"],
+    ]
+    for overrides, found in zip(many, specs.compose_many(many), strict=True):
+        try:
+            one: specs.RunSpec | str = compose(overrides)
+        except UserError as error:
+            one = str(error)
+        assert found == one, overrides
