@@ -130,39 +130,42 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> RunSpec
 
 
 def compose_many(sweep: Sequence[Sequence[str]], config_dir: Path | None = None) -> list[RunSpec | str]:
-    """What `compose` gives for each of many lists of overrides, or what is wrong with it, many times as fast.
+    """What `compose` gives for each of many lists of overrides, or what is wrong with it, ten times as fast.
 
     Lists that choose the same groups share one composition by Hydra; what only sets values (`optim.lr=1e-4`) is then set as
     Hydra does it, after the groups. Whatever fails on this way goes through `compose`, which says why.
     """
     search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
-    empty = OmegaConf.structured(RunSpec)
     bases: dict[tuple[str, ...], Any] = {}
     found: list[RunSpec | str] = []
     for overrides in sweep:
         try:
-            parsed = OverridesParser.create().parse_overrides(list(overrides))
-            values = [o for o in parsed if _only_sets_a_value(o)]
-            chosen = tuple(str(o.input_line) for o in parsed if not _only_sets_a_value(o))
-            if chosen not in bases:
-                GlobalHydra.instance().clear()
-                with initialize_config_module("hydra_conf", version_base="1.3"):
-                    bases[chosen] = hydra_compose("config", overrides=[*search, *chosen])
-            config = copy.deepcopy(bases[chosen])
-            for override in values:
-                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-            spec = OmegaConf.to_object(OmegaConf.merge(empty, OmegaConf.to_container(config, resolve=True)))
-            assert isinstance(spec, RunSpec)
-            if not spec.problems():
-                found.append(spec)
-                continue
-        except (HydraException, OmegaConfBaseException):
-            pass
-        try:
-            found.append(compose(overrides, config_dir))
+            found.append(_from_base(overrides, search, bases) or compose(overrides, config_dir))
         except UserError as error:
             found.append(str(error))
     return found
+
+
+def _from_base(overrides: Sequence[str], search: list[str], bases: dict[tuple[str, ...], Any]) -> RunSpec | None:
+    """None where something is wrong, or a key is added: `compose` refuses those that no section knows."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        if any(o.is_add() for o in parsed):
+            return None
+        chosen = tuple(str(o.input_line) for o in parsed if not _only_sets_a_value(o))
+        if chosen not in bases:
+            GlobalHydra.instance().clear()
+            with initialize_config_module("hydra_conf", version_base="1.3"):
+                bases[chosen] = hydra_compose("config", overrides=[*search, *chosen])
+        config = copy.deepcopy(bases[chosen])
+        for override in parsed:
+            if _only_sets_a_value(override):
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+        spec = OmegaConf.to_object(config)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    assert isinstance(spec, RunSpec)
+    return None if spec.problems() else spec
 
 
 def _only_sets_a_value(override: Override) -> bool:

@@ -140,6 +140,11 @@ def test_composing_many_gives_what_composing_each_gives() -> None:
         ["model=nano", "model.n_heads=3"],
         ["model=nano", "no.such=1"],
         ["model=nothere"],
+        ["+model.nope=1", "seed=2"],
+        ["+nope=1"],
+        ["optim.lr=abc"],
+        ["steps=1.5"],
+        ["dashboard.entity=null", "cluster.setup=[a,b]", "cluster.sbatch={x: y}", "seed=3"],
     ]
     for overrides, found in zip(many, specs.compose_many(many), strict=True):
         try:
