@@ -29,7 +29,7 @@ from slurm.virtual import VirtualCluster, in_environment
 
 _ENTRY = "orchestrator.rehearse_rank:main"
 _SPARE_NODES = 1  # that take the place of the lost one
-_WAIT_S = 300.0
+_WAIT_S = 300.0  # and a second more for every second rank
 _SITES_OWN = ("account", "qos", "reservation", "constraint", "exclude", "nodelist", "wckey", "preflight_command")
 
 
@@ -222,12 +222,13 @@ class _Rehearsal:
         return read_events(self.run_dir.events)
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        until = time.monotonic() + _WAIT_S
+        wait_s = _WAIT_S + self.spec.cluster.gpus / 2
+        until = time.monotonic() + wait_s
         while not condition():
             failed = next((e for e in self._events() if e.kind in ("failed", "unfit")), None)
             if failed or time.monotonic() > until:
                 raise DidNotHold(
-                    f"{failed.detail if failed else f'waited {_WAIT_S:g} s for {what}'}; {self._last_log()}"
+                    f"{failed.detail if failed else f'waited {wait_s:g} s for {what}'}; {self._last_log()}"
                 )
             time.sleep(0.3)
 

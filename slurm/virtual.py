@@ -306,9 +306,11 @@ class VirtualCluster:
             "TreeWidth=256",
             "MaxArraySize=10001",
             "MaxJobCount=50000",
-            "SlurmdTimeout=20",
+            # Thousands of ranks on a few cores end and answer more slowly than on as many machines.
+            f"SlurmdTimeout={20 + self.nodes * self.gpus_per_node // 40}",
             "SlurmctldTimeout=20",
-            "KillWait=15",
+            f"KillWait={15 + self.nodes * self.gpus_per_node // 20}",
+            f"MessageTimeout={10 + self.nodes * self.gpus_per_node // 50}",
             "MinJobAge=600",
             "SchedulerType=sched/backfill",
             "SchedulerParameters=bf_interval=2,sched_interval=5,batch_sched_delay=0,sched_min_interval=0,defer_batch",

@@ -28,6 +28,7 @@ TWO_NODES = [
     "layout=fsdp",
     "layout.dp_shard=2",
 ]
+ITS_NODES = "node001,node002"  # of the run that meets time limits: what is done to other runs stays away from them
 SLOW = Fault(kind="slow", seconds=0.08)  # so that what is done to a run meets it in the middle
 
 
@@ -88,7 +89,7 @@ def runs(slurm_cluster: VirtualCluster, workplace: Path) -> Runs:
 @pytest.fixture(scope="module")
 def timed_out(runs: Runs) -> str:
     """Launched first and waited for last: it spends most of its time in other tests' shadow."""
-    limit = ["cluster.time_limit_min=1", "cluster.warn_s=50"]
+    limit = ["cluster.time_limit_min=1", "cluster.warn_s=50", f"cluster.nodelist='{ITS_NODES}'"]
     runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=0.55),))
     return "timed_out"
 
@@ -119,7 +120,10 @@ def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
 ) -> None:
     """A signal to one rank, a killed rank, an operator's requeue, a preemption, a new slurmctld: one run, all in a row."""
     name = "disturbed"
-    job = runs.launch(name, faults=(SLOW, Fault(kind="usr2", rank=1, step=10), Fault(kind="kill", rank=1, step=30)))
+    away = f"cluster.exclude='{ITS_NODES}'"
+    job = runs.launch(
+        name, away, faults=(SLOW, Fault(kind="usr2", rank=1, step=10), Fault(kind="kill", rank=1, step=30))
+    )
     runs.wait(name, lambda: runs.step(name) >= 45)
     assert runs.causes(name) == ["preempted", "crash"]
     assert runs.lost_steps(name) <= 30 - 25  # the killed rank's; the warned stop lost none
@@ -130,7 +134,7 @@ def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
     assert runs.causes(name)[2:] == ["requeued"]
 
     runs.wait(name, lambda: runs.step(name) >= 75)
-    urgent = ["--partition=urgent", "--nodes=8", "--exclusive", "--wrap", "sleep 2"]
+    urgent = ["--partition=urgent", "--nodes=6", f"--exclude={ITS_NODES}", "--exclusive", "--wrap", "sleep 2"]
     runs.cluster.command("sbatch", "--parsable", *urgent)
     runs.wait(name, lambda: len(runs.events(name, "resumed")) == 4)
     assert runs.causes(name)[3:] == ["preempted"]
@@ -148,7 +152,7 @@ def test_a_node_that_dies_is_told_and_the_run_goes_on_elsewhere(
     runs: Runs, undisturbed: dict[int, tuple[float, float]]
 ) -> None:
     name = "node_lost"
-    job = runs.launch(name, faults=(SLOW,))
+    job = runs.launch(name, f"cluster.exclude='{ITS_NODES}'", faults=(SLOW,))
     runs.wait(name, lambda: runs.step(name) >= 40)
     nodes = runs.cluster.command("squeue", "--noheader", f"--jobs={job}", "--format=%N").stdout.strip()
     lost = expand_hostlist(nodes)[-1]
@@ -165,9 +169,10 @@ def test_an_unfit_node_is_found_before_the_ranks_start_left_out_and_remembered(
     runs: Runs, undisturbed: dict[int, tuple[float, float]]
 ) -> None:
     name = "unfit"
-    others = "nodename=node[001-006]"
+    others = "nodename=node[003-006]"
     runs.cluster.command("scontrol", "update", others, "state=drain", "reason=the test wants node007 and node008")
-    runs.launch(name, "cluster.preflight_command='test $SLURMD_NODENAME != node007'")
+    site = "cluster.preflight_command='test $SLURMD_NODENAME != node007'"
+    runs.launch(name, site, f"cluster.exclude='{ITS_NODES}'")
     runs.wait(name, lambda: bool(runs.events(name, "unfit")))
     runs.cluster.command("scontrol", "update", others, "state=resume")
     runs.wait_finished(name)
