@@ -50,4 +50,6 @@ def test_bench_slurm(tmp_path: Path) -> None:
             started = time.monotonic()
             rows = registry.rows([tmp_path / "runs"])
             waited.append(time.monotonic() - started)
-        print(f"status of {len(rows)} runs: median {statistics.median(waited):.2f} s, of which one squeue alone {squeue_s:.2f} s")
+        print(
+            f"status of {len(rows)} runs: median {statistics.median(waited):.2f} s, of which one squeue alone {squeue_s:.2f} s"
+        )

@@ -31,14 +31,16 @@ def test_the_wheel_carries_the_yaml_and_nothing_of_the_tests(tmp_path: Path) -> 
 
 
 def test_the_configurations_of_the_readme_are_valid() -> None:
-    """Each `arriero launch` and `config` line composes; what they do is tested in tests/integration/test_first_run.py."""
+    """Each line that takes overrides composes; what they do is tested in tests/integration."""
     from orchestrator import spec
 
     lines = [
         line.split() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(".venv/bin/arriero")
     ]
-    composed = [line[1] for line in lines if line[1] in ("launch", "config") and spec.compose(line[2:])]
-    assert composed == ["launch", "config"]
+    taking = ("launch", "config", "rehearse", "plan", "simulate")
+    overrides = {(n, line[1]): [w for w in line[2:] if not w.startswith("--")] for n, line in enumerate(lines)}
+    composed = [name for (_, name), words in overrides.items() if name in taking and spec.compose(words)]
+    assert {"launch", "config", "rehearse"} <= set(composed)
 
 
 def test_every_command_of_the_readme_exists() -> None:

@@ -1,0 +1,39 @@
+"""`arriero rehearse`, whole: a real Slurm comes up, the job lives through its three misfortunes, all goes down again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import require_slurm
+from tests.integration.words_run import arriero, make_workplace
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+def test_a_job_is_rehearsed_with_requeue_preemption_and_a_lost_node(tmp_path: Path) -> None:
+    require_slurm()
+    workplace = make_workplace(tmp_path)
+    job = ["cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=2", "layout=fsdp", "layout.dp_shard=4"]
+    only_theirs = ["cluster.account=theirs", "cluster.partition=theirs"]
+    done = arriero(workplace, "rehearse", "model=nano", *job, *only_theirs, "--json", **{"TMPDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout)
+    assert said["held"]
+    assert [c["what"] for c in said["checks"]] == [
+        "cluster up",
+        "submitted",
+        "every rank in its place",
+        "scontrol requeue",
+        "preemption",
+        "a node lost",
+        "to the end",
+    ]
+    assert "4 ranks on 2 nodes, mesh dp_shard 4" in said["checks"][2]["detail"]
+    assert not list(tmp_path.glob("arriero-rehearsal-*"))
+
+
+def test_what_is_no_slurm_cannot_be_rehearsed(tmp_path: Path) -> None:
+    refused = arriero(tmp_path, "rehearse", "model=nano")
+    assert refused.returncode == 2
+    assert "choose cluster=slurm" in refused.stderr
