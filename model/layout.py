@@ -42,12 +42,17 @@ class Layout:
         return batch_sequences // (self.dp * self.microbatch_sequences)
 
     def not_built(self) -> list[str]:
-        """The degrees that the trainer can't run yet. The plan and the rehearsal know them all the same."""
-        return [
+        """What the trainer can't run yet. The plan and the rehearsal know them all the same."""
+        found = [
             f"layout.{degree}={n}: the trainer computes data-parallel layouts only so far: set layout.{degree}=1"
             for degree, n in (("tp", self.tp), ("pp", self.pp), ("cp", self.cp))
             if n > 1
         ]
+        if self.recompute == "auto":
+            found.append(
+                "layout.recompute=auto: the trainer can't choose: take what `arriero plan` prints (none, selective or full)"
+            )
+        return found
 
     def problems(self, model: ModelConfig, batch_sequences: int, gpus: int, gpus_per_node: int) -> list[str]:
         """What cannot be, against the model, the batch and the cluster (`gpus` in all, `gpus_per_node` on each)."""

@@ -44,7 +44,7 @@ def build_model(
     each layer's are gathered in `compute_dtype`, gradients are reduced in fp32.
     """
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype)
+        model = Transformer(config, compute_dtype, layout.recompute)
     if ranks.mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         mesh = ranks.mesh if layout.dp_replicate > 1 else ranks.mesh["dp_shard"]

@@ -7,11 +7,18 @@ autocast and FSDP2 (which hands in bf16 parameters already) computes the same.
 
 import hashlib
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from model.attention import causal_attention
 from model.config import ModelConfig
@@ -68,15 +75,44 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
 
 
+_aten = torch.ops.aten
+_EXPENSIVE = frozenset(  # what the paper keeps (section 2.4): outputs of linear layers, and of attention
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+
+def _keep_expensive(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+        """`recompute`: what the backward pass computes again: none; selective (all but `_EXPENSIVE`); full (the block)."""
         super().__init__()
+        self.recompute = recompute
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.compute(x_BTD, rope)
+        selective = partial(create_selective_checkpoint_contexts, _keep_expensive)
+        context_fn = selective if self.recompute == "selective" else noop_context_fn
+        return checkpoint(
+            self.compute, x_BTD, rope, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn
+        )
+
+    def compute(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
@@ -86,12 +122,14 @@ class Transformer(nn.Module):
 
     """Tokens [B, T] to the last hidden states [B, T, D], normed; `output` makes them logits (model/loss.py does, in chunks)."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, recompute: str = "none"
+    ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
         self.register_buffer("rope", torch.empty(2, config.sequence_length, config.head_dim // 2), persistent=False)

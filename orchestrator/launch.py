@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ from dashboards.curve import loss_curve_svg
 from model.data.prepare import PreparedData, prepare
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
+from orchestrator.energy.carbon import Start, greenest_start, read_series
 from orchestrator.errors import Failure, UserError
 from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, StepRecord, kept_steps, read_all_steps, read_events, utc_now
@@ -38,7 +40,7 @@ WORKER = "orchestrator.worker:main"
 _STRIPE = 0.25  # seconds between two looks at a run that is followed
 
 _SHOWN = set(
-    "evaluated resumed withheld recomputed spike rewound recovered faults save_failed passed_over stopped".split()  # noqa: SIM905
+    "evaluated resumed withheld recomputed spike rewound recovered budget faults save_failed passed_over stopped".split()  # noqa: SIM905
 )
 
 # What may change between two starts of one run: where and how it runs, not what it computes.
@@ -84,6 +86,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         _print_what_next(console, run_dir)
         return 0
     expected = forecast.plan(spec, time.time()) if forecast.is_calibrated(spec) else None
+    start = _greenest(spec, expected)
     write_run_dir(spec, run_dir, overrides)
     if expected is None:
         console.print(f"no forecast        gpu={spec.gpu.name} is not calibrated (docs/plan.md)")
@@ -96,7 +99,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     _print_mix(console, spec, prepared)
     run_dir.cancelled.unlink(missing_ok=True)
     if spec.cluster.kind == "slurm":
-        return _submit(console, spec, run_dir)
+        return _submit(console, spec, run_dir, start)
     before = len(read_events(run_dir.events))
     job = submit(JobRequest(name=spec.name, entry=WORKER, run_dir=str(run_dir.root), cluster=spec.cluster))
     console.print(f"job {job.id} on {spec.cluster.name}, {spec.cluster.gpus} rank(s); logs in {_short(run_dir.logs)}")
@@ -137,13 +140,40 @@ def _dry_run(spec: RunSpec, run_dir: RunDir) -> int:
     return 0
 
 
-def _submit(console: Console, spec: RunSpec, run_dir: RunDir) -> int:
+def _greenest(spec: RunSpec, expected: forecast.Plan | None) -> Start | None:
+    """When a run with carbon.start=greenest begins; None for one that begins at once. Raises UserError."""
+    config = spec.carbon
+    if config.start != "greenest":
+        return None
+    if spec.cluster.kind != "slurm":
+        raise UserError(
+            f"carbon.start=greenest lets Slurm begin the job later, and cluster={spec.cluster.name} begins at once: "
+            "choose a Slurm cluster, or carbon.start=now"
+        )
+    hours = config.duration_h or (expected.figures["hours"].central if expected else None)
+    if hours is None:
+        raise UserError(
+            f"carbon.start=greenest must know how long the run takes, and gpu={spec.gpu.name} is not calibrated for a forecast: "
+            "set carbon.duration_h"
+        )
+    assert config.series
+    assert config.deadline
+    deadline_s = datetime.fromisoformat(config.deadline).timestamp()
+    return greenest_start(read_series(config.series), time.time(), 3600 * hours, deadline_s)
+
+
+def _submit(console: Console, spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:
     if any(
         e.kind == "failed" for e in read_events(run_dir.events)[-1:]
     ):  # a person has looked: crashes are counted anew
         with JsonlWriter(run_dir.events / "supervise.jsonl") as events:
             events.write(Event(time_utc=utc_now(), kind="resumed_by_hand", step=0, detail="launched again by hand"))
-    job_id, new = submit_once(_request(spec, run_dir), run_dir.submission)
+    request = _request(spec, run_dir)
+    if start is not None:
+        request = replace(request, begin=f"now+{max(0, round(start.start_s - time.time()))}seconds")
+        kwh = json.loads(run_dir.plan.read_text())["site_energy_kwh"]["central"] if run_dir.plan.exists() else None
+        console.print(start.describe(kwh) if kwh else start.describe_share())
+    job_id, new = submit_once(request, run_dir.submission)
     nodes = f"{spec.cluster.nodes} node(s) of {spec.cluster.gpus_per_node} GPUs on {spec.cluster.name}"
     console.print(
         f"job {job_id} {'is queued' if new else 'was queued already'}: {nodes}; it goes on by itself until the run is finished"

@@ -23,6 +23,8 @@ from model.generate import generate
 from model.parallel import Ranks, place_ranks
 from model.train import TrainConfig, Trainer
 from orchestrator import spec as specs
+from orchestrator.carbon_report import budget
+from orchestrator.energy.carbon import BudgetVerdict
 from orchestrator.energy.sampler import sampling
 from orchestrator.mirror import mirroring
 from orchestrator.record import Event, JsonlWriter, StepRecord, read_events, utc_now
@@ -33,6 +35,44 @@ from slurm.rendezvous import Place, place
 from slurm.signals import StopFlag
 
 _GO_ON = "to go on, change what spikes.* allows (or choose spikes=watch) and launch it again"
+
+
+_BUDGET_EVERY_S = 60.0
+
+
+class _BudgetWatch(threading.Thread):
+    """Looks at the run's energy and carbon budgets now and then, beside the training; asks it to stop once one is spent."""
+
+    def __init__(self, directory: RunDir, recorder: "RunRecorder", stop: StopFlag) -> None:
+        super().__init__(name="budget", daemon=True)
+        self.directory, self.recorder, self.stop = directory, recorder, stop
+        self._warned = ""
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "_BudgetWatch":
+        self.look()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def run(self) -> None:
+        every_s = min(_BUDGET_EVERY_S, 4 * specs.load(self.directory.spec).carbon.sample_s)
+        while self.stop.requested is None and not self._ended.wait(every_s):
+            self.look()
+
+    def look(self) -> None:
+        try:
+            verdict = budget(self.directory.root)
+        except Exception as error:  # the account must not take the training down; it is told, once
+            verdict = BudgetVerdict("warn", f"the budget could not be checked: {type(error).__name__}: {error}")
+        if verdict.action == "stop":
+            self.stop.requested = verdict.reason
+            self.directory.cancelled.write_text(f"{verdict.reason}\n")  # not to be put back into the queue
+        if verdict.action != "ok" and self._warned != verdict.action:
+            self._warned = verdict.action
+            self.recorder.event("budget", 0, f"{verdict.action}: {verdict.reason}")
 
 
 class RunRecorder:
@@ -77,11 +117,13 @@ def main(run_dir: str) -> str:
         ranks = place_ranks(spec.layout, device)
         recorder = RunRecorder(directory, _agreed_attempt(directory, ranks), ranks.is_main)
         measured = spec.carbon.measure and here.local_rank == 0
+        budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)
         mirrored = spec.dashboard.wandb == "online" and ranks.is_main
         with (
             sampling(directory.root, recorder.attempt, spec.carbon.sample_s) if measured else nullcontext(),
             mirroring(directory.root) if mirrored else nullcontext(),
             directory.at_work() if ranks.is_main else nullcontext(),
+            _BudgetWatch(directory, recorder, stop) if budgeted else nullcontext(),
         ):
             try:
                 return _train(spec, directory, here, ranks, dtype, recorder, stop)

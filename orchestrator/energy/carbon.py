@@ -238,9 +238,13 @@ class Start:
         return energy_kwh * (self.now_g_per_kwh - self.g_per_kwh) / 1000
 
     def describe(self, energy_kwh: float) -> str:
+        return f"{self.describe_share()}: {self.saved_kg(energy_kwh):,.1f} kg CO2e"
+
+    def describe_share(self) -> str:
+        """Where the run's energy is not known."""
         return (
             f"greenest start {_utc(self.start_s)}: {self.g_per_kwh:.0f} g/kWh over the run instead of "
-            f"{self.now_g_per_kwh:.0f}, saves {self.saved_kg(energy_kwh):,.1f} kg CO2e ({100 * self.saved_share:.0f}%)"
+            f"{self.now_g_per_kwh:.0f}, saves {100 * self.saved_share:.0f}%"
         )
 
 

@@ -26,6 +26,7 @@ class CarbonConfig:
     gpu_lifetime_h: float = 6 * 365 * 24 * 0.85  # hours of work one GPU does in its life (BLOOM, arXiv 2211.02001)
     start: str = "now"  # now | greenest: when `launch` lets the job begin
     deadline: str | None = None  # ISO 8601 with a zone; `greenest` is done by then
+    duration_h: float | None = None  # how long the run takes, for `greenest`; null: as the plan forecasts
     budget_kwh: float | None = None  # of the site: devices x PUE
     budget_t_co2e: float | None = None
     on_budget: str = "warn"  # warn | stop
@@ -36,6 +37,8 @@ class CarbonConfig:
             found.append(f"carbon.pue={self.pue} must be at least 1 (a site uses no less than its machines)")
         if self.sample_s < 0.1:
             found.append(f"carbon.sample_s={self.sample_s} must be at least 0.1: a measurement itself takes time")
+        if self.duration_h is not None and self.duration_h <= 0:
+            found.append(f"carbon.duration_h={self.duration_h} must be above 0, or null: as the plan forecasts")
         for name in ("intensity_g_per_kwh", "market_g_per_kwh", "embodied_kg_per_gpu", "budget_kwh", "budget_t_co2e"):
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -150,3 +150,16 @@ def test_a_run_that_is_at_work_is_not_started_a_second_time(workplace: Path) -> 
     assert second.returncode == 2
     assert "is at work already" in second.stderr
     assert "Stopped and saved" in rest
+
+
+@pytest.mark.slow
+def test_a_run_whose_energy_budget_is_spent_saves_and_stops(workplace: Path) -> None:
+    settings = ["steps=2000", "carbon.sample_s=0.5", "carbon.budget_kwh=1e-7"]
+    warned = launch(workplace, "warned", *settings, "steps=60")
+    assert "budget_kwh=1e-07" in warned.stdout
+    assert warned.returncode == 0
+    stopped = launch(workplace, "spent", *settings, "carbon.on_budget=stop")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "Stopped and saved at step" in stopped.stdout
+    assert "carbon.budget_kwh=1e-07: raise it to go on" in stopped.stdout
+    assert max(losses(workplace, "spent")) < 2000

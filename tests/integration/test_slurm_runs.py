@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,24 @@ def test_without_an_answer_nobody_is_declared_dead(runs: Runs, undisturbed: obje
     assert refused.returncode == 1
     assert "squeue does not answer" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_the_greenest_start_is_slurms_begin_time(runs: Runs) -> None:
+    now = datetime.now(UTC)
+    rows = [(-1, 500), (2, 90), (3, 400), (9, 500)]  # hours from now, g/kWh
+    series = runs.workplace / "grid.csv"
+    lines = [f"{(now + timedelta(hours=h)).isoformat(timespec='seconds')},{g}\n" for h, g in rows]
+    series.write_text("time_utc,g_per_kwh\n" + "".join(lines))
+    deadline = (now + timedelta(hours=6)).isoformat(timespec="seconds")
+    carbon = ["carbon.start=greenest", f"carbon.series={series}", f"carbon.deadline='{deadline}'"]
+    unknown = launch(runs.workplace, "green", *TWO_NODES, *carbon, **runs.cluster.env)
+    assert unknown.returncode == 2
+    assert "carbon.duration_h" in unknown.stderr
+    job = runs.launch("green", *carbon, "carbon.duration_h=0.9")
+    begin = runs.cluster.command("squeue", "--noheader", f"--jobs={job}", "--format=%S").stdout.strip()
+    local = (now + timedelta(hours=2)).astimezone().replace(tzinfo=None)
+    assert abs((datetime.fromisoformat(begin) - local).total_seconds()) < 120
+    assert arriero(runs.workplace, "cancel", "runs/green", **runs.cluster.env).returncode == 0
 
 
 def test_a_dry_run_prints_the_script_and_leaves_nothing(runs: Runs) -> None:
