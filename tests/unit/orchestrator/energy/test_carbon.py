@@ -169,7 +169,7 @@ def test_the_greenest_start_waits_for_the_wind_and_says_what_it_saves():
     start = greenest_start(series, now_s=0, duration_s=2 * H, deadline_s=6 * H)
     assert (start.start_s, start.g_per_kwh, start.now_g_per_kwh) == (2 * H, 100, 400)
     assert start.saved_kg(1000) == 300
-    assert "300.0 kg CO2e (75%)" in start.describe(1000)
+    assert "saves 75%: 300.0 kg CO2e" in start.describe(1000)
 
 
 def test_the_greenest_start_keeps_the_deadline_and_needs_a_forecast_up_to_it():
