@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     _takes_json(runs)
     logs = _command(commands, "logs", _logs, "what the ranks print, errors first")
     logs.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    logs.add_argument("--rank", type=int, help="of one rank only")
+    which = logs.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, help="of one rank (default: errors of all, the last lines of rank 0)")
+    which.add_argument("--all", action="store_true", help="the last lines of every rank")
     logs.add_argument("--lines", type=int, default=20, help="the last lines of each log (default 20)")
     logs.add_argument("--follow", action="store_true", help="go on printing what comes; Ctrl-C ends")
     _takes_json(logs)
@@ -415,7 +417,9 @@ def _runs(args: argparse.Namespace) -> int:
 def _logs(args: argparse.Namespace) -> int:
     from orchestrator import control
 
-    return control.logs(args.run, rank=args.rank, lines=args.lines, follow=args.follow, as_json=args.json)
+    return control.logs(
+        args.run, rank=args.rank, everyone=args.all, lines=args.lines, follow=args.follow, as_json=args.json
+    )
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """Go on with a run, stop it, read its logs: what a person does to a run directory."""
 
+import contextlib
 import json
 import os
 import re
@@ -62,45 +63,48 @@ def cancel(root: Path) -> int:
     return 0
 
 
-def logs(root: Path, rank: int | None, lines: int, follow: bool, as_json: bool) -> int:
-    """Errors first, then the last lines of rank 0's log, or of `rank`'s; all starts of a job append to one file."""
+def logs(root: Path, rank: int | None, everyone: bool, lines: int, follow: bool, as_json: bool) -> int:
+    """Errors first, then the last lines of rank 0's log, of `rank`'s, or of `everyone`'s. All starts append to one file."""
     from orchestrator.page_data import log_errors
 
     run = _run(root)
-    files = sorted((p for p in run.logs.glob("*_log.out") if _rank(p) == (rank or 0)), key=lambda p: p.stat().st_mtime)
-    if rank is not None and not files:
-        there = sorted({_rank(p) for p in run.logs.glob("*_log.out")} - {-1})
-        raise UserError(f"no log of rank {rank} in {run.logs}: there are those of {_ranges(there) or 'none'}")
-    errors = [e for e in log_errors(run.logs) if rank is None or e.file in {p.name for p in files}]
-    newest = files[-1] if files else None
-    tail = newest.read_text(errors="replace").splitlines()[-lines:] if newest else []
+    every = sorted(run.logs.glob("*_log.out"), key=lambda p: (p.stat().st_mtime, p.name))
+    newest = {_rank(p): p for p in every}  # of each rank the log of the last job
+    if rank is not None and rank not in newest:
+        raise UserError(f"no log of rank {rank} in {run.logs}: there are those of {_ranges(sorted(newest)) or 'none'}")
+    shown = [newest[r] for r in sorted(newest) if everyone or r == (rank or 0)]
+    errors = [e for e in log_errors(run.logs) if rank is None or e.file in {p.name for p in shown}]
+    tails = {p: p.read_text(errors="replace").splitlines()[-lines:] for p in shown}
     if as_json:
-        print(
-            json.dumps({"errors": [asdict(e) for e in errors], "file": newest and str(newest), "lines": tail}, indent=2)
-        )
+        logs_ = [{"file": str(p), "rank": _rank(p), "lines": tail} for p, tail in tails.items()]
+        print(json.dumps({"errors": [asdict(e) for e in errors], "logs": logs_}, indent=2))
         return 0
     for error in errors:
         print(f"{error.file}:{error.line}: {error.text}")
     if errors:
         print()
-    print("\n".join(tail) if tail else f"nothing in {run.logs} yet")
-    if follow and newest:
-        try:
-            for line in _growing(newest):
-                print(line, end="", flush=True)
-        except KeyboardInterrupt:
-            return 0
+    for path, tail in tails.items():
+        if len(tails) > 1:
+            print(f"==> rank {_rank(path)}")
+        print("\n".join(tail))
+    if not any(tails.values()):
+        print(f"nothing in {run.logs} yet")
+    if follow and shown:
+        with contextlib.suppress(KeyboardInterrupt):
+            for path, line in _growing(shown):
+                print(f"{_rank(path)}: {line}" if len(shown) > 1 else line, end="", flush=True)
     return 0
 
 
-def _growing(path: Path) -> Iterator[str]:
-    with path.open(errors="replace") as file:
-        file.seek(0, os.SEEK_END)
+def _growing(paths: list[Path]) -> Iterator[tuple[Path, str]]:
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(path.open(errors="replace")) for path in paths}
+        for file in files.values():
+            file.seek(0, os.SEEK_END)
         while True:
-            line = file.readline()
-            if line:
-                yield line
-            else:
+            came = [(path, line) for path, file in files.items() for line in file]
+            yield from came
+            if not came:
                 time.sleep(0.3)
 
 
