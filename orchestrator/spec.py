@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dashboards.config import DashboardConfig
 from model.checkpoint.policy import CheckpointConfig
@@ -181,10 +181,15 @@ _PLAIN_KEYS = frozenset(
 
 
 def load(path: Path) -> RunSpec:
-    """The spec that a run directory holds."""
+    """The spec that a run directory holds. What did not exist when it was written has today's default."""
     if not path.exists():
         raise UserError(f"{path} does not exist: is this a run directory?")
-    return _typed(OmegaConf.load(path))
+    values = OmegaConf.load(path)
+    try:
+        return _typed(values)
+    except MissingMandatoryValue:
+        defaults = as_dict(_compose([]))
+        return _typed(OmegaConf.merge({k: v for k, v in defaults.items() if k not in values}, values))
 
 
 def as_dict(spec: RunSpec) -> dict[str, Any]:

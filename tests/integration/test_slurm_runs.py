@@ -189,6 +189,23 @@ def test_an_unfit_node_is_found_before_the_ranks_start_left_out_and_remembered(
     lemons.unlink()
 
 
+def test_the_energy_of_four_ranks_on_a_node_is_counted_once(runs: Runs) -> None:
+    name = "four_ranks"
+    shape = ["cluster.nodes=1", "cluster.gpus_per_node=4", "cluster.cpus_per_gpu=16", "layout.dp_shard=4"]
+    runs.launch(name, *shape, "steps=40", "carbon.sample_s=1", "carbon.intensity_g_per_kwh=100")
+    runs.wait_finished(name)
+    (ledger,) = run_dir(runs.workplace, name).energy.iterdir()
+    readings = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert {device.split("/")[-1] for device in readings[-1]["joules"]} >= {"cpu", "ram"}
+    assert len({r["sampler"] for r in readings}) == 1
+    counted_j = sum(values[0] * values[2] for values in readings[-1]["joules"].values())  # joules x this job's share
+    report = arriero(runs.workplace, "report", "carbon", f"runs/{name}", "--json", **runs.cluster.env)
+    told = json.loads(report.stdout)[0]["figures"]["energy_kwh"]
+    # What is told lies above the counters by no more than the ends of the run that no reading covers.
+    assert counted_j <= told["value"] * 3.6e6 * 1.01
+    assert told["value"] * 3.6e6 < 2 * counted_j
+
+
 def test_a_crash_that_comes_back_stops_for_a_person_who_can_go_on(
     runs: Runs, undisturbed: dict[int, tuple[float, float]]
 ) -> None:

@@ -1,6 +1,9 @@
 """The configuration: the paper's numbers, and everything that is wrong told at once."""
 
+from pathlib import Path
+
 import pytest
+from omegaconf import OmegaConf
 
 from model.config import swiglu_ffn_dim
 from model.cost import parameter_count
@@ -152,3 +155,12 @@ def test_composing_many_gives_what_composing_each_gives() -> None:
         except UserError as error:
             one = str(error)
         assert found == one, overrides
+
+
+def test_a_run_of_before_a_section_existed_is_still_read(tmp_path: Path) -> None:
+    spec = compose(["model=nano", "steps=77"])
+    values = specs.as_dict(spec)
+    del values["plan"]
+    del values["checkpoint"]
+    (tmp_path / "spec.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    assert specs.load(tmp_path / "spec.yaml") == spec
