@@ -5,8 +5,11 @@ goes on from the newest checkpoint; a crash goes on too, until `cluster.crash_bu
 between.
 """
 
+import json
 import os
+import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from orchestrator import spec as specs
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from slurm import lemons, queue
+from slurm.rendezvous import expand_hostlist
 
 Cause = Literal["timeout", "preempted", "requeued", "node_failure", "crash", "user", "finished", "person"]
 _PREFLIGHT_S = 180.0
@@ -129,7 +133,53 @@ def begin(directory: RunDir) -> int:
             job_id=job_id,
             restart=restarts,
         )
-    return 0
+    return preflight(directory, job_id, restarts) if specs.load(directory.spec).cluster.preflight else 0
+
+
+def preflight(directory: RunDir, job_id: str, restarts: int) -> int:
+    """Checks every node of the job, all at once. Where one is unfit the job goes back into the queue without it; then 1."""
+    spec = specs.load(directory.spec)
+    results = directory.root / "preflight" / f"{job_id}-{restarts}"
+    results.mkdir(parents=True, exist_ok=True)
+    nodes = expand_hostlist(os.environ["SLURM_JOB_NODELIST"])
+    with socket.create_server(("", 0), backlog=len(nodes) + 8) as head:
+        asked = {
+            "run_dir": str(directory.root),
+            "results": str(results),
+            "gpus_per_node": spec.cluster.gpus_per_node,
+            "cuda": spec.gpu.device == "cuda",
+            "head": [os.environ.get("ARRIERO_MASTER_ADDR", nodes[0]), head.getsockname()[1]],
+            "command": spec.cluster.preflight_command,
+        }
+        words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--overlap"]
+        check = [sys.executable, "-m", "slurm.preflight", json.dumps(asked)]
+        code, _, error = queue.call(*words, *check, timeout_s=_PREFLIGHT_S)
+    unfit: dict[str, list[str]] = {}
+    for node in nodes:
+        path = results / f"{node}.json"
+        silent = [f"no answer in {_PREFLIGHT_S:g} s (exit code {code}) {error[-200:]}".rstrip()]
+        if said := json.loads(path.read_text()) if path.exists() else silent:
+            unfit[node] = said
+    shutil.rmtree(results, ignore_errors=True)
+    if len(unfit) == len(nodes) > 1:
+        # Not one node is fit: the fault is the check's or the whole cluster's, and leaving all of them out would help nobody.
+        _tell(directory, "preflight", 0, f"no node passed the preflight, so none is left out: {unfit[nodes[0]][0]}")
+        return 0
+    if not unfit:
+        return 0
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for node, said in unfit.items():
+        lemons.add(directory.lemons, node, "; ".join(said), job_id)
+        _tell(directory, "unfit", 0, f"{node} is unfit: {'; '.join(said)}", node=node, job_id=job_id)
+    detail = f"requeued: unfit_node: without {', '.join(sorted(unfit))}"
+    _tell(directory, "requeued", 0, detail, cause="unfit_node", job_id=job_id, restart=restarts + 1)
+    _until_it_works(["scontrol", "requeue", job_id])
+    left_out = ",".join(
+        sorted({*unfit, *lemons.excluded(directory.lemons), *expand_hostlist(spec.cluster.exclude or "")})
+    )
+    _until_it_works(["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={left_out}"])
+    _until_it_works(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{_BREATH_S}seconds"])
+    return 1
 
 
 def end(directory: RunDir, exit_code: int) -> int:
