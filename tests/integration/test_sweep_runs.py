@@ -47,11 +47,9 @@ def test_a_sweep_runs_tells_its_failure_goes_on_and_reports(tmp_path: Path) -> N
     assert set(found["axes"]) == {"steps", "data.sources.a.path"}
     losses = [p["held_out_loss"] for p in found["points"]]
     assert losses == sorted(losses)
-    measured = [
-        p["energy_site_kwh"] for p in found["points"]
-    ]  # runs of seconds: one may end between two looks at the meter
+    # Runs of a second: any may end between two looks at the meter.
+    measured = [p["energy_site_kwh"] for p in found["points"]]
     assert all(kwh is None or kwh >= 0 for kwh in measured)
-    assert found["energy_site_kwh"] > 0
     assert found["energy_site_kwh"] == pytest.approx(sum(kwh or 0 for kwh in measured))
     page = (workplace / "runs" / "sizes" / "sweep.html").read_text()
     assert "Parallel coordinates" in page
