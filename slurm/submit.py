@@ -80,6 +80,7 @@ def submit(request: JobRequest) -> Job:
         timeout_min=cluster.time_limit_min,
         stderr_to_stdout=True,
     )
+    os.environ["PYTHONSAFEPATH"] = "1"  # for the ranks: a model.py in the folder of the launch is not ours
     with _ignored(signal.SIGINT, signal.SIGHUP):
         return Job(executor.submit(Entry(request.entry, request.run_dir)))
 
@@ -230,6 +231,7 @@ def _slurm_executor(request: JobRequest) -> Any:
     run = _run_word(request)
     setup = [
         *(_task_of_array(request) if request.array else []),
+        "export PYTHONSAFEPATH=1",  # else `python -m` takes the launch's folder before the snapshot: a checkout, or a model.py
         "trap : TERM",  # on a requeue srun ends first, then the lines after it have KillWait to do their part
         *([f"export PYTHONPATH={shlex.quote(request.code)}${{PYTHONPATH:+:$PYTHONPATH}}"] if request.code else []),
         *cluster.setup,

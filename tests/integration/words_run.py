@@ -11,12 +11,13 @@ from orchestrator.record import StepRecord, kept_steps, read_all_steps
 from orchestrator.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-c", "import sys; from orchestrator.cli import main; sys.exit(main())", "launch"]
+COMMAND = [sys.executable, "-P", "-c", "import sys; from orchestrator.cli import main; sys.exit(main())", "launch"]
 STEPS = 30
 
 
 def make_workplace(folder: Path) -> Path:
-    """Two small sources of text in `folder`, and a group that mixes them."""
+    """Two small sources of text in `folder`, a group that mixes them, and a file of the user's that no rank must import."""
+    (folder / "model.py").write_text("raise RuntimeError('the model.py of the folder of the launch')\n")
     generator = random.Random(1)
     words = ["llama", "mountain", "pass", "train", "load", "water", "stone", "path", "night", "bell"]
     for source in ("a", "b"):
