@@ -2,20 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.words_run import environment, make_workplace, words
-
-
-def arriero(workplace: Path, *args: str) -> "subprocess.CompletedProcess[str]":
-    code = "import sys; from orchestrator.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, *args]
-    return subprocess.run(
-        command, cwd=workplace, env=environment(), capture_output=True, text=True, check=False, timeout=250
-    )
+from tests.integration.words_run import arriero, environment, make_workplace, words
 
 
 @pytest.mark.slow
