@@ -57,6 +57,7 @@ def decide(
     crashes: int,
     crash_budget: int,
     warn_s: float,
+    nodes_down: Sequence[str] = (),
 ) -> Decision:
     """What becomes of a job whose ranks have ended. Pure.
 
@@ -82,6 +83,8 @@ def decide(
         return Decision("requeue", "timeout" if near_end else "preempted", last.detail)
     if exit_code in (128 + signal.SIGUSR2, 128 + signal.SIGUSR1) and near_end:
         return Decision("requeue", "timeout", "warned before the ranks were ready to save")
+    if nodes_down:  # srun was told before slurmctld has ended the job
+        return Decision("requeue", "node_failure", f"lost {', '.join(nodes_down)}")
     if crashes >= crash_budget:
         return Decision(
             "end",
@@ -205,6 +208,7 @@ def end(directory: RunDir, exit_code: int) -> int:
         crashes_so_far(events),
         config.crash_budget,
         config.warn_s,
+        queue.down_among(os.environ.get("SLURM_JOB_NODELIST", "")),
     )
     print(f"{utc_now()} supervise: {decision.cause}: {decision.reason}: {decision.act}", flush=True)
     if decision.act == "end":

@@ -100,6 +100,21 @@ def starts_of(job_id: str) -> list[str] | None:
     return None if code else [line.split()[0] for line in out.splitlines() if line.strip()]
 
 
+def is_known(job_id: str) -> bool | None:
+    """Whether slurmctld holds the job as queued or running, whoever's it is; None where it does not answer. False is its word."""
+    code, out, error = call("scontrol", "show", "job", job_id, "--oneliner")
+    if code == 0:
+        return parse_details(out).state in LIVE
+    return False if "Invalid job id" in error else None
+
+
+def down_among(node_list: str) -> list[str]:
+    """Of these nodes (Slurm's list), those that slurmctld holds for down or that do not answer it."""
+    code, out, _ = call("sinfo", "--noheader", "--Node", f"--nodes={node_list}", "--format=%N %T")
+    rows = [line.split() for line in out.splitlines()] if code == 0 else []
+    return sorted({r[0] for r in rows if len(r) == 2 and (r[1].endswith("*") or r[1].startswith(("down", "fail")))})
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobDetails:
     """What `scontrol show job` tells of one job."""

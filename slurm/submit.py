@@ -133,6 +133,12 @@ def find(journal: Path) -> str | None:
     for job in jobs.values():
         if job.live and (job.job_id == entry["job_id"] or job.comment == _comment(entry["token"])):
             return job.job_id
+    # An empty list is no proof: the job may be another user's, launched into the same run directory.
+    if entry["job_id"] and entry["job_id"] not in jobs and queue.is_known(entry["job_id"]) is not False:
+        raise CannotSubmit(
+            f"job {entry['job_id']} of this run is not among your jobs, and slurmctld does not say that it is gone: if another "
+            f"user launched it, leave it to them; else try again later (scontrol show job {entry['job_id']})"
+        )
     return None
 
 

@@ -54,3 +54,9 @@ def test_a_new_checkpoint_forgives_crashes_and_other_causes_never_count() -> Non
     assert crashes_so_far([event("saved", 10), crash, event("saved", 20), crash]) == 1
     assert crashes_so_far([event("saved", 20), crash, event("saved", 10), crash]) == 2  # saved again, got no further
     assert crashes_so_far([crash, crash, event("resumed_by_hand")]) == 0
+
+
+def test_a_lost_node_is_no_crash_even_where_the_ranks_say_it_first() -> None:
+    decision = decide(None, 1, job(), False, crashes=9, crash_budget=3, warn_s=180, nodes_down=["node003"])
+    assert (decision.act, decision.cause) == ("requeue", "node_failure")
+    assert "node003" in decision.reason
