@@ -23,6 +23,10 @@ from model.optim import clip_gradients, global_grad_norm, learning_rate, make_op
 from model.parallel import Ranks, average_gradients_only_on_last, build_model
 from model.transformer import Transformer
 
+Share = tuple[float, float]
+"""What one rank alone has computed of a step, before anything is summed over ranks: its sum of losses, and the sum of absolute
+values of its gradient at the embedding, the end of its backward pass. A fault in one rank's arithmetic shows in its own share."""
+
 
 class SpikeWatch(Protocol):
     """What watches the loss: told of every step, it says what becomes of it (orchestrator/spikes/watch.py). Every rank has one
@@ -39,7 +43,7 @@ class SpikeWatch(Protocol):
     def vetted_step(self, step: int) -> int | None: ...
     def withhold(self, step: int, loss: float, grad_norm: float) -> bool: ...
     def recomputed(
-        self, step: int, loss: float, grad_norm: float, by_rank: Sequence[tuple[float, float, str]]
+        self, step: int, loss: float, grad_norm: float, by_rank: Sequence[tuple[Share, Share, str]]
     ) -> str: ...
     def judged(self, step: int, loss: float, grad_norm: float) -> str: ...
     def rewound(self, step: int) -> None: ...
@@ -90,7 +94,9 @@ class Trainer:
         self.model: Transformer = build_model(config.model, config.layout, ranks, config.compute_dtype, config.seed)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.step = 0  # optimizer steps done
-        self.local_loss = torch.zeros(())  # this rank's sum over the tokens of its rows, of the step computed last
+        self.share: Share = (0.0, 0.0)  # of the step computed last
+        self._embedding_grad = torch.zeros((), device=ranks.device)
+        self.model.embedding.register_forward_hook(self._watch_embedding_grad)
 
     @property
     def batch_tokens(self) -> int:
@@ -123,6 +129,7 @@ class Trainer:
                 continue
             if act == "skip":  # the same step, with the next batch
                 self.take_skips()
+                stopping = False  # nothing has been saved yet: whoever asked is heard again in the step to come
                 continue
             if self.step % self.config.eval_every_steps == 0 or self.step == self.config.steps:
                 self.evaluate()
@@ -144,6 +151,7 @@ class Trainer:
         rank's failed save is to be tried again: all the same on every rank.
         """
         self.optimizer.zero_grad()
+        self._embedding_grad.zero_()
         size = self.config.layout.microbatch_sequences
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for start in range(0, len(rows_BT), size):
@@ -153,23 +161,31 @@ class Trainer:
             # FSDP2 averages gradients over the data-parallel ranks: times dp makes it the sum over the global batch.
             (loss * (self.ranks.dp / self.batch_tokens)).backward()
             loss_sum += loss.detach()
-        self.local_loss = loss_sum.clone()
+        own = torch.stack([loss_sum, self._embedding_grad.to(loss_sum.dtype)])
         grad_norm = global_grad_norm(self.model.parameters())
         said = torch.tensor([self.stop_requested(), self.store.retry_due], dtype=loss_sum.dtype, device=loss_sum.device)
         agreed = torch.cat([loss_sum[None], said])
         if self.ranks.dp > 1:
             dist.all_reduce(agreed)
         total, stops, retries = agreed.tolist()
+        self.share = tuple(own.tolist())
         return total / self.batch_tokens, grad_norm, stops > 0, retries > 0
+
+    def _watch_embedding_grad(self, module: object, inputs: object, x_BTD: Tensor) -> None:
+        if x_BTD.requires_grad:
+            x_BTD.register_hook(self._add_embedding_grad)
+
+    def _add_embedding_grad(self, grad_BTD: Tensor) -> None:
+        self._embedding_grad += grad_BTD.abs().sum(dtype=torch.float32)
 
     def compute_again(self, rows_BT: Tensor) -> tuple[str, float, Tensor]:
         """A withheld step once more, from the same weights and rows: bad data gives the same again, a hardware fault does not.
 
         Returns what becomes of it, and the second loss and gradient norm.
         """
-        first = self.local_loss.item()
+        first = self.share
         loss, grad_norm, _, _ = self.forward_backward(rows_BT)
-        by_rank: list[tuple[float, float, str]] = [(first, self.local_loss.item(), self.node)]
+        by_rank: list[tuple[Share, Share, str]] = [(first, self.share, self.node)]
         if self.ranks.dp > 1:
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, by_rank[0])
@@ -261,7 +277,8 @@ class Trainer:
         loaded = self.store.load_latest(training_state(self.model, self.optimizer), max_step=to_step)
         if loaded is None:
             raise CheckpointError(
-                f"the run must go back to step {to_step}, and no checkpoint is left from there or before"
+                f"the run must go back to step {to_step}, and no checkpoint is left from there or before: to go on from "
+                "its newest checkpoint instead, change what spikes.* allows and launch it again"
             )
         self.step = loaded.step
         self.watch.restore(loaded.extra.get("spikes"))

@@ -30,6 +30,7 @@ KINDS = {
     "gil": "holds the interpreter's lock before the step, in C code that never returns",
     "slow": "sleeps `seconds` before each step from there on",
     "nan": "the rank's loss becomes NaN, in one computation",
+    "nan_grad": "a NaN is born in the rank's backward pass, in one computation",
     "poison": "`batches` of the data are random tokens",
     "kill_in_commit": "SIGKILL when all is written and before the checkpoint is committed",
     "kill_in_rewind": "SIGKILL after the verdict is on disk and before the checkpoint is loaded",
@@ -103,9 +104,12 @@ class FaultyTrainer(Trainer):
         return tokens[self.ranks.dp_rank * len(rows_BT) :][: len(rows_BT)]
 
     def forward_backward(self, rows_BT: Tensor) -> tuple[float, Tensor, bool, bool]:
-        if not self._strikes("nan", self.step + 1):
+        if self._strikes("nan", self.step + 1):
+            hook = self.model.register_forward_hook(lambda module, inputs, loss: loss * float("nan"))
+        elif self._strikes("nan_grad", self.step + 1):
+            hook = self.model.norm.register_full_backward_pre_hook(_not_a_number)
+        else:
             return super().forward_backward(rows_BT)
-        hook = self.model.register_forward_hook(lambda module, inputs, loss: loss * float("nan"))
         try:
             return super().forward_backward(rows_BT)
         finally:
@@ -136,3 +140,7 @@ class FaultyTrainer(Trainer):
                 mark.touch()
                 return True
         return False
+
+
+def _not_a_number(module: object, grads: Any) -> Any:
+    return tuple(torch.full_like(grad, float("nan")) for grad in grads)

@@ -14,11 +14,12 @@ from orchestrator.spikes.config import SpikesConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One computation of one step. `loss_by_rank` is each rank's own share, to name the rank that differs."""
+    """One computation of one step. `by_rank` is each rank's own share (numbers that nothing was summed into from other ranks:
+    its losses, the end of its backward pass), to name the rank that differs."""
 
     loss: float
     grad_norm: float | None
-    loss_by_rank: tuple[float, ...] = ()
+    by_rank: tuple[tuple[float, ...], ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -46,7 +47,7 @@ class Recomputed:
 
     cause: Literal["hardware", "data"]
     act: Literal["accept", "skip", "clip", "stop"]
-    ranks: tuple[int, ...]  # that differ, where each rank's loss is known
+    ranks: tuple[int, ...]  # that differ, where each rank's share is known
     reason: str
 
 
@@ -71,21 +72,26 @@ def judge_recomputed(
     first: Measured, second: Measured, rule: object, config: SpikesConfig, nodes: Sequence[str] = ()
 ) -> Recomputed:
     """After the recomputation. `nodes[rank]` names the node of a rank; a withheld step is recomputed once, not more."""
+    grad_rtol = max(config.recompute_rtol, 1e-2)  # kernels of the backward pass may add in another order
     ranks = tuple(
         rank
-        for rank, (a, b) in enumerate(zip(first.loss_by_rank, second.loss_by_rank, strict=False))
-        if not _same(a, b, config.recompute_rtol)
+        for rank, (one, other) in enumerate(zip(first.by_rank, second.by_rank, strict=False))
+        if not all(
+            _same(a, b, rtol) for a, b, rtol in zip(one, other, (config.recompute_rtol, grad_rtol), strict=False)
+        )
     )
     differs = (
         bool(ranks)
         or not _same(first.loss, second.loss, config.recompute_rtol)
-        or not _same(first.grad_norm, second.grad_norm, max(config.recompute_rtol, 1e-2))
+        or not _same(first.grad_norm, second.grad_norm, grad_rtol)
     )
     if differs:
         who = (
             ", ".join(f"rank {r}" + (f" on {nodes[r]}" if r < len(nodes) else "") for r in ranks) or "a rank not known"
         )
-        reason = f"recomputed, the loss was {second.loss:.6g} after {first.loss:.6g}: hardware fault at {who}"
+        reason = (
+            f"recomputed, loss and gradient norm were {_both(second)} after {_both(first)}: hardware fault at {who}"
+        )
         if gate(second, rule, config).act == "accept":
             return Recomputed("hardware", "accept", ranks, reason)
         return Recomputed("hardware", "stop", ranks, reason + "; and the second value is no better")
@@ -93,6 +99,10 @@ def judge_recomputed(
         return Recomputed("data", "skip", (), f"recomputed, the loss was {second.loss} again: the batch is skipped")
     reason = f"recomputed, the loss was {second.loss:.6g} again: the batch stands out, its gradient is applied clipped"
     return Recomputed("data", "clip", (), reason)
+
+
+def _both(measured: Measured) -> str:
+    return f"{measured.loss:.6g}" + ("" if measured.grad_norm is None else f", {measured.grad_norm:.4g}")
 
 
 def _same(a: float | None, b: float | None, rtol: float) -> bool:

@@ -19,6 +19,7 @@ from orchestrator.spikes.rules import make_rule
 SKIPS_IN_A_ROW = 3  # batches left out for one step before the weights, not the batches, are suspected
 
 Recording = Callable[..., None]  # (kind, step, detail, **data): durable before it returns
+Share = tuple[float, ...]  # of one rank (gate.Measured.by_rank)
 Act = Literal["apply", "clip", "leave_out", "skip", "rewind", "stop"]
 
 
@@ -49,6 +50,11 @@ class SpikeWatch:
         if self._policy.stopped and audits[-1].data.get("config") != asdict(config):
             # A person has looked and changed spikes.*: that is how a stopped run goes on.
             self._policy = replace(self._policy, stopped=False, incident_onset=None, incident_rewinds=0)
+        if self.rewind_to is not None and audits[-1].data.get("config") != asdict(config):
+            # The same where a rewind could not be done, its checkpoint being gone.
+            detail = f"spikes.* has changed: the run does not go back to step {self.rewind_to} but on from its newest checkpoint"
+            self._event("rewind_dropped", self.rewind_to, detail)
+            self.rewind_to = None
 
     @property
     def skips(self) -> tuple[tuple[int, int], ...]:
@@ -84,16 +90,16 @@ class SpikeWatch:
         return True
 
     def recomputed(
-        self, step: int, loss: float, grad_norm: float, by_rank: Sequence[tuple[float, float, str]] = ()
+        self, step: int, loss: float, grad_norm: float, by_rank: Sequence[tuple[Share, Share, str]] = ()
     ) -> Act:
         """What the second computation of a withheld step says.
 
-        `by_rank`: every rank's share of the loss in the first and in the second computation, and its node. "apply" takes
+        `by_rank`: every rank's own share in the first and in the second computation, and its node. "apply" takes
         the second one, "clip" clips it to `usual_grad_norm` too; "leave_out" drops the update, and no more.
         """
         assert self._withheld is not None, "nothing was withheld"
-        first = replace(self._withheld, loss_by_rank=tuple(a for a, _, _ in by_rank))
-        second = Measured(loss=loss, grad_norm=grad_norm, loss_by_rank=tuple(b for _, b, _ in by_rank))
+        first = replace(self._withheld, by_rank=tuple(a for a, _, _ in by_rank))
+        second = Measured(loss=loss, grad_norm=grad_norm, by_rank=tuple(b for _, b, _ in by_rank))
         self._withheld = None
         nodes = [node for _, _, node in by_rank]
         said = judge_recomputed(first, second, self._rule, self.config, nodes)
@@ -202,7 +208,7 @@ def _unfinished_rewind(events: Iterable[Event]) -> int | None:
     for event in events:
         if event.kind == "spike" and event.data.get("act") in ("rewind", "lower_lr"):
             to_step = int(event.data["to_step"])
-        elif event.kind == "rewound":
+        elif event.kind in ("rewound", "rewind_dropped"):
             to_step = None
     return to_step
 

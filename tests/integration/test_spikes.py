@@ -1,6 +1,7 @@
 """Poisoned batches, arithmetic that goes wrong once, and kills in between: the run comes out as it should, without a hand."""
 
 import math
+import shutil
 import statistics
 from pathlib import Path
 
@@ -92,16 +93,49 @@ def test_another_number_of_ranks_skips_the_same_batches(workplace: Path, poisone
 
 
 def test_a_nan_of_one_rank_once_is_named_computed_again_and_leaves_no_trace(workplace: Path) -> None:
+    """In the forward pass of one, and in the backward pass of the other, where the reduction spreads it over all ranks."""
     two = ["cluster.gpus_per_node=2", "layout.dp_shard=2", "steps=60"]
     assert launch(workplace, "two_clean", *SETTINGS, *two).returncode == 0
-    write(run_dir(workplace, "nan").faults, [Fault(kind="nan", rank=1, step=50)])
+    faults = [Fault(kind="nan", rank=1, step=50), Fault(kind="nan_grad", rank=0, step=55)]
+    write(run_dir(workplace, "nan").faults, faults)
     done = launch(workplace, "nan", *SETTINGS, *two)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(workplace, "nan") == losses(workplace, "two_clean")
-    (said,) = events(workplace, "nan", "recomputed")
-    assert (said.step, said.data["cause"], said.data["ranks"]) == (50, "hardware", [1])
-    assert said.data["nodes"]
-    assert "rank 1" in said.detail
+    forward, backward = events(workplace, "nan", "recomputed")
+    assert (forward.step, forward.data["cause"], forward.data["ranks"]) == (50, "hardware", [1])
+    assert forward.data["nodes"]
+    assert "rank 1" in forward.detail
+    assert (backward.step, backward.data["cause"], backward.data["ranks"]) == (55, "hardware", [0])
+
+
+def test_a_warned_stop_on_a_skipped_step_is_saved_at_the_next(workplace: Path) -> None:
+    """Two computations of one step give NaN, so its batch is left out; the warning comes with the second."""
+    write(
+        run_dir(workplace, "warned").faults,
+        [Fault(kind="nan", step=45), Fault(kind="nan", step=45), Fault(kind="usr2", step=45)],
+    )
+    assert launch(workplace, "warned", *SETTINGS, "steps=60").returncode == 0
+    (stopped,) = events(workplace, "warned", "stopped")
+    assert stopped.step == 45
+    assert any(e.step == 45 for e in events(workplace, "warned", "saved"))
+    assert launch(workplace, "warned", *SETTINGS, "steps=60").returncode == 0
+    assert sorted(losses(workplace, "warned")) == list(range(1, 61))
+
+
+def test_a_rewind_whose_checkpoint_is_gone_says_how_to_go_on(workplace: Path, poisoned: object) -> None:
+    run = run_dir(workplace, "gone")
+    write(run.faults, [POISON, Fault(kind="kill_in_rewind")])
+    assert launch(workplace, "gone", *SETTINGS).returncode == 1
+    (verdict,) = events(workplace, "gone", "spike")
+    for folder in run.checkpoints.glob("step-*"):
+        if int(folder.name.split("-")[1]) <= verdict.data["to_step"]:
+            shutil.rmtree(folder)
+    failed = launch(workplace, "gone", *SETTINGS)
+    assert failed.returncode == 1
+    assert "change what spikes.* allows" in failed.stderr
+    again = launch(workplace, "gone", *SETTINGS, "spikes.act=false")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert events(workplace, "gone", "rewind_dropped")
 
 
 def test_a_loss_that_stays_nan_rewinds_and_then_calls_a_person(workplace: Path) -> None:

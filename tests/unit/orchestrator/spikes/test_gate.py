@@ -21,7 +21,7 @@ def settled() -> Cusum:
 
 
 def measured(loss: float, grad_norm: float | None = 1.0, ranks: tuple[float, ...] = ()) -> Measured:
-    return Measured(loss=loss, grad_norm=grad_norm, loss_by_rank=ranks)
+    return Measured(loss=loss, grad_norm=grad_norm, by_rank=tuple((r,) for r in ranks))
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (3.0, math.inf), (90.0, 1.0), (3.0, 1e6)])
