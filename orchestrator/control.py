@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from orchestrator import spec as specs
 from orchestrator.errors import Failure, UserError
+from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from slurm import queue
 from slurm.submit import find
@@ -26,6 +28,13 @@ def resume(root: Path) -> int:
     run = _run(root)
     spec = specs.load(run.spec)
     spec.run_root, spec.name = str(run.root.parent), run.root.name
+    if spec.cluster.kind == "slurm" and (job_id := find(run.submission)):
+        job = (queue.queued() or {}).get(job_id)
+        if job is not None and job.state == "PENDING" and job.reason == "BeginTime" and read_events(run.events):
+            # where the first node has died nobody could take away the two minutes for which Slurm holds a requeued job
+            queue.call("scontrol", "update", f"jobid={job_id}", "StartTime=now")
+            print(f"job {job_id} was held by Slurm until its begin time: it may start now")
+            return 0
     overrides = run.overrides.read_text().splitlines()
     launched_from = Path(str(json.loads(run.environment.read_text()).get("directory", ".")))
     if launched_from.is_dir():
@@ -43,6 +52,10 @@ def cancel(root: Path) -> int:
             return 0
         run.cancelled.touch()
         pending = (queue.queued() or {}).get(job_id)
+        if pending is not None and pending.state == "PENDING":  # nobody else will tell
+            with JsonlWriter(run.events / "supervise.jsonl") as events:
+                events.write(Event(time_utc=utc_now(), kind="cancelled", step=0, detail="user: cancelled in the queue",
+                                   data={"cause": "user", "job_id": job_id}))  # fmt: skip
         # A job that runs gets the warning first, so that it saves; `supervise` sees the mark and ends it.
         words = (
             ["scancel", job_id]
@@ -74,7 +87,7 @@ def logs(root: Path, rank: int | None, everyone: bool, lines: int, follow: bool,
         raise UserError(f"no log of rank {rank} in {run.logs}: there are those of {_ranges(sorted(newest)) or 'none'}")
     shown = [newest[r] for r in sorted(newest) if everyone or r == (rank or 0)]
     errors = [e for e in log_errors(run.logs) if rank is None or e.file in {p.name for p in shown}]
-    tails = {p: p.read_text(errors="replace").splitlines()[-lines:] for p in shown}
+    tails = {p: _tail(p, lines) for p in shown}
     if as_json:
         logs_ = [{"file": str(p), "rank": _rank(p), "lines": tail} for p, tail in tails.items()]
         print(json.dumps({"errors": [asdict(e) for e in errors], "logs": logs_}, indent=2))
@@ -89,19 +102,36 @@ def logs(root: Path, rank: int | None, everyone: bool, lines: int, follow: bool,
         print("\n".join(tail))
     if not any(tails.values()):
         print(f"nothing in {run.logs} yet")
-    if follow and shown:
+    if follow:
         with contextlib.suppress(KeyboardInterrupt):
-            for path, line in _growing(shown):
-                print(f"{_rank(path)}: {line}" if len(shown) > 1 else line, end="", flush=True)
+            for path, line in _growing(run.logs, None if everyone else rank or 0, set(every)):
+                print(f"{_rank(path)}: {line}" if everyone else line, end="", flush=True)
     return 0
 
 
-def _growing(paths: list[Path]) -> Iterator[tuple[Path, str]]:
+def _tail(path: Path, lines: int) -> list[str]:
+    """The last lines, without reading what lies before them."""
+    with path.open("rb") as file:
+        begin = file.seek(0, os.SEEK_END)
+        tail = b""
+        while begin > 0 and tail.count(b"\n") <= lines:
+            size = min(65536, begin)
+            begin -= size
+            file.seek(begin)
+            tail = file.read(size) + tail
+    return tail.decode(errors="replace").splitlines()[-lines:] if lines else []
+
+
+def _growing(folder: Path, rank: int | None, seen: set[Path]) -> Iterator[tuple[Path, str]]:
+    """What is written to the logs of a rank, or of all, from now on; a later job's file from its beginning."""
     with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(path.open(errors="replace")) for path in paths}
-        for file in files.values():
-            file.seek(0, os.SEEK_END)
+        files: dict[Path, TextIO] = {}
         while True:
+            for path in sorted(folder.glob("*_log.out")):
+                if path not in files and rank in (None, _rank(path)):
+                    files[path] = stack.enter_context(path.open(errors="replace"))
+                    if path in seen:
+                        files[path].seek(0, os.SEEK_END)
             came = [(path, line) for path, file in files.items() for line in file]
             yield from came
             if not came:

@@ -46,12 +46,19 @@ def rows(folders: Sequence[Path]) -> list[RunRow]:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: name a run directory, or a folder of them")
         found += [RunDir(folder)] if (folder / "spec.yaml").exists() else _below(folder)
-    jobs = {run.root: _journal(run) for run in found}
+    journals = {run.root: _journal(run) for run in found}
+    jobs = {root: job_id for root, (job_id, _) in journals.items()}
     asked = sorted({job for job in jobs.values() if job})
     live = queue.queued() if asked else {}
     gone = [job for job in asked if live is None or job not in live]
     ended = queue.accounted(gone) if gone else {}
-    return [_row(run, jobs[run.root], live, ended) for run in found]
+    # Numbers come again, on another cluster of one name: a job whose comment is another run's is not this run's.
+    others = {
+        root: live[job_id]
+        for root, (job_id, token) in journals.items()
+        if live and job_id in live and not queue.is_of(live[job_id], job_id, token)
+    }
+    return [_row(run, None if run.root in others else jobs[run.root], live, ended) for run in found]
 
 
 def _below(folder: Path) -> list[RunDir]:
@@ -65,11 +72,13 @@ def _below(folder: Path) -> list[RunDir]:
     return found
 
 
-def _journal(run: RunDir) -> str | None:
+def _journal(run: RunDir) -> tuple[str | None, str]:
+    """The job's id, where it is known, and its token."""
     try:
-        return str(json.loads(run.submission.read_text())["job_id"] or "") or None
+        entry = json.loads(run.submission.read_text())
+        return str(entry["job_id"] or "") or None, str(entry.get("token", ""))
     except (OSError, ValueError, KeyError):
-        return None
+        return None, ""
 
 
 def _row(
@@ -97,7 +106,7 @@ def _row(
         loss_nats=record.loss if record else None,
         tokens_per_s=record.tokens_per_s if record else None,
         attempts=len(attempts),
-        lineage=[str(e.data.get("cause", "")) for e in supervised if e.kind == "requeued"],
+        lineage=[str(e.data.get("cause", "")) for e in supervised if e.kind in ("requeued", "restarted")],
     )
 
 
@@ -111,7 +120,11 @@ def _state(
 ) -> tuple[str, str]:
     if last and last.kind == "finished":
         return "finished", last.detail
-    if supervised and supervised.kind == "failed" and (last is None or last.time_utc <= supervised.time_utc):
+    if (
+        supervised
+        and supervised.kind in ("failed", "cancelled")
+        and (last is None or last.time_utc <= supervised.time_utc)
+    ):
         last = supervised
     job = (live or {}).get(job_id or "") or (ended or {}).get(job_id or "")
     if job and job.live:
@@ -125,7 +138,7 @@ def _state(
         return "cancelled", "go on with `arriero resume`"
     if run.is_at_work():
         return "running", "on this machine"
-    if last and last.kind in ("failed", "stopped"):
+    if last and last.kind in ("failed", "stopped", "cancelled"):
         return last.kind, last.detail
     if job:
         return "interrupted", f"Slurm says {job.state}"

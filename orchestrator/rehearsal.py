@@ -29,6 +29,7 @@ from slurm.virtual import VirtualCluster, in_environment
 
 _ENTRY = "orchestrator.rehearse_rank:main"
 _SPARE_NODES = 1  # that take the place of the lost one
+_GRES = "gpu:{gpus_per_node}"
 _WAIT_S = 300.0  # and a second more for every second rank
 _SITES_OWN = ("account", "qos", "reservation", "constraint", "exclude", "nodelist", "wckey", "preflight_command")
 
@@ -63,13 +64,25 @@ def rehearse(spec: RunSpec, as_json: bool) -> int:
         dropped.append(f"cluster.partition={spec.cluster.partition}")
     if dropped:
         console.print(f"not rehearsed, for only your own cluster knows them: {', '.join(dropped)}")
+    changed = [f"cluster.gres={spec.cluster.gres} becomes {_GRES}"] if spec.cluster.gres not in (None, _GRES) else []
+    changed += ["cluster.spare_nodes and cluster.min_nodes are left out"] if spec.cluster.is_elastic else []
+    changed += (
+        ["nvidia-smi is not asked: the GPUs are files"] if spec.gpu.device == "cuda" and spec.cluster.preflight else []
+    )
+    if changed:
+        console.print(f"otherwise than on your cluster: {'; '.join(changed)}")
     folder = Path(tempfile.mkdtemp(prefix="arriero-rehearsal-"))
     checks: list[Check] = []
     try:
         nodes, gpus = spec.cluster.nodes + _SPARE_NODES, spec.cluster.gpus_per_node
         console.print(f"a virtual cluster of {nodes} nodes of {gpus} GPUs, one of them spare ...")
         with VirtualCluster.up(
-            nodes=nodes, gpus_per_node=gpus, directory=folder / "cluster", name="rehearsal"
+            nodes=nodes,
+            gpus_per_node=gpus,
+            directory=folder / "cluster",
+            name="rehearsal",
+            cpus_per_node=max(64, gpus * spec.cluster.cpus_per_gpu),
+            memory_mb_per_node=max(1_000_000, 1024 * (spec.cluster.memory_gb_per_node or 0)),
         ) as cluster:
             checks.append(Check("cluster up", True, f"{nodes} nodes of {gpus} GPUs", cluster.up_s))
             with in_environment(cluster):
@@ -96,10 +109,14 @@ class _Rehearsal:
     def __init__(
         self, spec: RunSpec, cluster: VirtualCluster, root: Path, console: Console, checks: list[Check]
     ) -> None:
-        plain = replace(spec.cluster, partition="normal", setup=[], sbatch={})
+        plain = replace(
+            spec.cluster, partition="normal", setup=[], sbatch={}, gres=_GRES if spec.cluster.gres else None
+        )
         for name in _SITES_OWN:
             setattr(plain, name, None)
-        self.spec = replace(spec, cluster=plain)
+        # A lost node is rehearsed as a requeue: on the place of a spare or on fewer nodes the ranks would only be fewer.
+        plain = replace(plain, spare_nodes=0, min_nodes=None)
+        self.spec = replace(spec, cluster=plain, gpu=replace(spec.gpu, device="cpu"))
         self.cluster, self.run_dir, self.console, self.checks = cluster, RunDir(root), console, checks
         self.sizes = {axis: getattr(spec.layout, axis) for axis in AXES}
         self.job_id = ""
@@ -225,7 +242,10 @@ class _Rehearsal:
         wait_s = _WAIT_S + self.spec.cluster.gpus / 2
         until = time.monotonic() + wait_s
         while not condition():
-            failed = next((e for e in self._events() if e.kind in ("failed", "unfit")), None)
+            failed = next(
+                (e for e in self._events() if e.kind == "failed" or (e.kind == "unfit" and "slurmd" not in e.detail)),
+                None,
+            )
             if failed or time.monotonic() > until:
                 raise DidNotHold(
                     f"{failed.detail if failed else f'waited {wait_s:g} s for {what}'}; {self._last_log()}"

@@ -38,7 +38,7 @@ def main(run_dir: str) -> None:
     if here.rank:
         _wait(stop, root)
     else:
-        _lead(stop, root, here.job_id)
+        _lead(stop, root, here.job_id, here.restart_count)
 
 
 def _wait(stop: StopFlag, root: Path) -> None:
@@ -46,7 +46,7 @@ def _wait(stop: StopFlag, root: Path) -> None:
         time.sleep(2.0)  # thousands of these share two cores: they look seldom
 
 
-def _lead(stop: StopFlag, root: Path, job_id: str) -> None:
+def _lead(stop: StopFlag, root: Path, job_id: str, restart: int) -> None:
     from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
     from orchestrator.run_dir import RunDir
 
@@ -63,7 +63,7 @@ def _lead(stop: StopFlag, root: Path, job_id: str) -> None:
             event = Event(time_utc=utc_now(), kind=kind, step=step, detail=detail, attempt=attempt, data=data)
             events.write(event, durable=True)
 
-        tell("started", f"attempt {attempt}, rehearsed", job_id=job_id)
+        tell("started", f"attempt {attempt}, rehearsed", job_id=job_id, restart=restart)
         if step:
             tell("resumed", f"resumed from the checkpoint of step {step}")
         while stop.requested is None and not (root / "finish").exists():

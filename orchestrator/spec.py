@@ -23,6 +23,7 @@ from model.config import ModelConfig, OptimConfig
 from model.cost import GpuConfig
 from model.data.config import DataConfig
 from model.layout import Layout
+from orchestrator import shrink
 from orchestrator.energy.config import CarbonConfig
 from orchestrator.errors import UserError
 from orchestrator.plan.config import PlanConfig
@@ -91,6 +92,8 @@ class RunSpec:
             found += self.layout.problems(
                 self.model, self.optim.batch_sequences, self.cluster.gpus, self.cluster.gpus_per_node
             )
+        if not found:
+            found += shrink.problems(self.cluster, self.layout, self.optim.batch_sequences)
         if self.optim.warmup_steps >= self.steps:
             found.append(
                 f"optim.warmup_steps={self.optim.warmup_steps} leaves no step of steps={self.steps} to train: lower it"

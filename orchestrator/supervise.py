@@ -1,31 +1,43 @@
-"""What a Slurm job does before and after its ranks: tells causes apart, goes on by itself or stops for a person.
+"""The life of a Slurm job: checks its nodes, starts the ranks, tells causes apart, goes on by itself or stops for a person.
 
-The batch script calls `begin` and `end` around srun, on the job's first node. Torch-free. A warned run has saved, and a requeue
-goes on from the newest checkpoint; a crash goes on too, until `cluster.crash_budget` crashes came without a new checkpoint in
-between.
+What the batch script comes to, on the job's first node: it runs srun and outlives it. Torch-free. A warned run has saved, and a
+requeue goes on from the newest checkpoint; a crash goes on too, until `cluster.crash_budget` crashes came without a new
+checkpoint in between. With spare nodes, or where fewer are allowed, a lost node costs no requeue: the ranks start again on what
+is left of the allocation.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
+from orchestrator import shrink
 from orchestrator import spec as specs
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
+from orchestrator.webhook import post
 from slurm import lemons, queue
 from slurm.rendezvous import expand_hostlist
 
 Cause = Literal["timeout", "preempted", "requeued", "node_failure", "crash", "user", "finished", "person"]
-_PREFLIGHT_S = 180.0
+_PREFLIGHT_S = 180.0  # and a second more for every fourth node
+_REJECTIONS = 3  # starts in a row that the preflight may refuse
+_OWN_FAULTS = 3  # of the supervisor itself, without a new checkpoint in between
+_UNTOLD_RESTARTS = 16  # of the job, where not even the events can be read or written
 _BREATH_S = 8  # between the end of one start and the next
+_LATER_S = 60  # the same, after a fault that may pass: a file system that does not answer
 _ENDS = ("finished", "stopped", "failed")
 _SLURMS_WORDS: dict[str, Cause] = {
     "PREEMPTED": "preempted",
@@ -42,9 +54,9 @@ _SLURMS_WORDS: dict[str, Cause] = {
 @dataclass(frozen=True)
 class Decision:
     """`requeue`: back into the queue. `release`: Slurm has requeued it already, only its two minutes' hold is to go.
-    `end`: nothing more is to be done."""
+    `again`: the ranks start once more inside the allocation. `end`: nothing more is to be done."""
 
-    act: Literal["requeue", "release", "end"]
+    act: Literal["requeue", "release", "again", "end"]
     cause: Cause
     reason: str
 
@@ -57,12 +69,16 @@ def decide(
     crashes: int,
     crash_budget: int,
     warn_s: float,
-    nodes_down: Sequence[str] = (),
+    *,
+    restarts: int = 0,
+    lost: Sequence[str] = (),
+    elastic: bool = False,
 ) -> Decision:
     """What becomes of a job whose ranks have ended. Pure.
 
-    last: the attempt's own last word (finished, stopped, failed), if it had one. job: what slurmctld says; None where it does
-    not answer. crashes: so far, without a new checkpoint since the first of them.
+    last: the start's own last word (finished, stopped, failed), if it had one. job: what slurmctld says; None where it does
+    not answer. crashes: so far, without a new checkpoint since the first of them. restarts: which start of the job this is,
+    from 0. lost: its nodes that are gone. elastic: whether it can go on inside its allocation without them.
     """
     if last is not None and last.kind == "finished":
         return Decision("end", "finished", "the run is finished")
@@ -70,168 +86,411 @@ def decide(
         return Decision("end", "user", "cancelled")
     if last is not None and last.kind == "failed":
         return Decision("end", "person", last.detail)
-    running = job is None or job.state in ("RUNNING", "UNKNOWN")
-    if not running:  # slurmctld has requeued it: a preemption, an operator, a node that is gone
-        if job and job.state == "TIMEOUT":
-            return Decision("requeue", "timeout", "the time limit came before the ranks had saved")
-        if job and job.state in ("FAILED", "NODE_FAIL", "BOOT_FAIL", "COMPLETED", "OUT_OF_MEMORY", "DEADLINE"):
-            return Decision("requeue", "node_failure" if "NODE" in job.state else "crash", f"Slurm says {job.state}")
-        return Decision("release", "requeued", "Slurm has put it back into the queue")
+    if ended := ended_by_slurm(job, restarts):
+        return ended
     # Slurm warns up to a minute early.
     near_end = job is not None and job.time_left_s is not None and job.time_left_s <= warn_s + 90
     if last is not None and last.kind == "stopped":
         return Decision("requeue", "timeout" if near_end else "preempted", last.detail)
     if exit_code in (128 + signal.SIGUSR2, 128 + signal.SIGUSR1) and near_end:
         return Decision("requeue", "timeout", "warned before the ranks were ready to save")
-    if nodes_down:  # srun was told before slurmctld has ended the job
-        return Decision("requeue", "node_failure", f"lost {', '.join(nodes_down)}")
+    if lost:  # srun is told before slurmctld has ended the job, and with --no-kill it does not end it
+        return Decision("again" if elastic else "requeue", "node_failure", f"lost {', '.join(lost)}")
     if crashes >= crash_budget:
         return Decision(
             "end",
             "crash",
-            f"exit code {exit_code}; {crashes + 1} crashes without a new checkpoint in between, and cluster.crash_budget is "
-            f"{crash_budget}: a person must look",
+            f"exit code {exit_code}; {crashes + 1} crashes without a new checkpoint in between, and cluster.crash_budget "
+            f"forgives {crash_budget}: a person must look",
         )
     return Decision(
         "requeue",
         "crash",
-        f"exit code {exit_code}, crash {crashes + 1} of at most {crash_budget} without a new checkpoint",
+        f"exit code {exit_code}, crash {crashes + 1} of {crash_budget} that are forgiven without a new checkpoint",
     )
 
 
-def crashes_so_far(events: Sequence[Event]) -> int:
-    """Crashes since the run last got on: since its newest checkpoint was saved for the first time."""
+def ended_by_slurm(job: queue.JobDetails | None, restarts: int) -> Decision | None:
+    """Why Slurm itself ends this start; None where it does not, or does not answer.
+
+    While a start comes to its end slurmctld says COMPLETING, whatever the cause: a requeue has counted one restart more by
+    then, a time limit stands in the reason, and what is left is scancel.
+    """
+    if job is None or job.state in (
+        "RUNNING",
+        "UNKNOWN",
+        "CONFIGURING",
+        "SUSPENDED",
+        "STOPPED",
+        "RESIZING",
+        "SIGNALING",
+    ):
+        return None
+    if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT") or (job.restarts or 0) > restarts:
+        return Decision("release", "requeued", "Slurm has put it back into the queue")
+    left_s = job.time_left_s
+    if job.state == "TIMEOUT" or job.reason == "TimeLimit" or (left_s is not None and left_s <= 0):
+        return Decision("requeue", "timeout", "the time limit came before the ranks had saved")
+    if job.state == "COMPLETING" and not job.reason:
+        return Decision("end", "user", "cancelled with scancel")
+    why = job.reason if job.state == "COMPLETING" else job.state
+    return Decision("requeue", "node_failure" if "node" in why.lower() else "crash", f"Slurm says {why}")
+
+
+def crashes_so_far(events: Sequence[Event], cause: str = "crash") -> int:
+    """Requeues for this cause since the run last got on: since its newest checkpoint was saved for the first time."""
     furthest, crashes = -1, 0
     for event in events:
         if event.kind == "saved" and event.step > furthest:
             furthest, crashes = event.step, 0
-        elif event.kind == "requeued" and event.data.get("cause") == "crash":
+        elif event.kind == "requeued" and event.data.get("cause") == cause:
             crashes += 1
         elif event.kind == "resumed_by_hand":
             crashes = 0
     return crashes
 
 
-def begin(directory: RunDir) -> int:
-    """Before the ranks: says why the job is here again, where its last start could not say so itself."""
-    events = read_events(directory.events)
-    job_id, restarts = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    started = [e for e in events if e.kind == "started"]
-    told = [
-        e
-        for e in events
-        if e.kind == "requeued" and e.data.get("restart") == restarts and e.data.get("job_id") == job_id
-    ]
-    if restarts and started and not told:
-        ends = queue.starts_of(job_id) or []
-        before = ends[restarts - 1] if len(ends) >= restarts else ""
-        cause = _SLURMS_WORDS.get(before, "requeued")
-        said = f"Slurm says {before}" if before else "there is no accounting that would say why"
-        _tell(
-            directory,
-            "requeued",
-            _step(events),
-            f"requeued: {cause}: {said}",
-            cause=cause,
-            job_id=job_id,
-            restart=restarts,
-        )
-    return preflight(directory, job_id, restarts) if specs.load(directory.spec).cluster.preflight else 0
+def rejections_so_far(events: Sequence[Event]) -> int:
+    """Starts in a row that the preflight has refused."""
+    refused = 0
+    for event in events:
+        if event.kind == "requeued" and event.data.get("cause") == "unfit_node":
+            refused += 1
+        elif event.kind in ("started", "resumed_by_hand"):
+            refused = 0
+    return refused
 
 
-def preflight(directory: RunDir, job_id: str, restarts: int) -> int:
-    """Checks every node of the job, all at once. Where one is unfit the job goes back into the queue without it; then 1."""
-    spec = specs.load(directory.spec)
-    results = directory.root / "preflight" / f"{job_id}-{restarts}"
-    results.mkdir(parents=True, exist_ok=True)
-    nodes = expand_hostlist(os.environ["SLURM_JOB_NODELIST"])
-    with socket.create_server(("", 0), backlog=len(nodes) + 8) as head:
-        asked = {
-            "run_dir": str(directory.root),
-            "results": str(results),
-            "gpus_per_node": spec.cluster.gpus_per_node,
-            "cuda": spec.gpu.device == "cuda",
-            "head": [os.environ.get("ARRIERO_MASTER_ADDR", nodes[0]), head.getsockname()[1]],
-            "command": spec.cluster.preflight_command,
-        }
-        words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--overlap"]
-        check = [sys.executable, "-m", "slurm.preflight", json.dumps(asked)]
-        code, _, error = queue.call(*words, *check, timeout_s=_PREFLIGHT_S)
-    unfit: dict[str, list[str]] = {}
-    for node in nodes:
-        path = results / f"{node}.json"
-        silent = [f"no answer in {_PREFLIGHT_S:g} s (exit code {code}) {error[-200:]}".rstrip()]
-        if said := json.loads(path.read_text()) if path.exists() else silent:
-            unfit[node] = said
-    shutil.rmtree(results, ignore_errors=True)
-    if len(unfit) == len(nodes) > 1:
-        # Not one node is fit: the fault is the check's or the whole cluster's, and leaving all of them out would help nobody.
-        _tell(directory, "preflight", 0, f"no node passed the preflight, so none is left out: {unfit[nodes[0]][0]}")
-        return 0
-    if not unfit:
-        return 0
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for node, said in unfit.items():
-        lemons.add(directory.lemons, node, "; ".join(said), job_id)
-        _tell(directory, "unfit", 0, f"{node} is unfit: {'; '.join(said)}", node=node, job_id=job_id)
-    detail = f"requeued: unfit_node: without {', '.join(sorted(unfit))}"
-    _tell(directory, "requeued", 0, detail, cause="unfit_node", job_id=job_id, restart=restarts + 1)
-    _until_it_works(["scontrol", "requeue", job_id])
-    left_out = ",".join(
-        sorted({*unfit, *lemons.excluded(directory.lemons), *expand_hostlist(spec.cluster.exclude or "")})
-    )
-    _until_it_works(["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={left_out}"])
-    _until_it_works(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{_BREATH_S}seconds"])
-    return 1
+class _Terminated(Exception):
+    """Slurm has sent TERM: KillWait seconds are left."""
 
 
-def end(directory: RunDir, exit_code: int) -> int:
-    """After the ranks: requeues or ends the job. Returns the job's exit code."""
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # it comes with a requeue: there are KillWait seconds for what follows
-    job_id, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    config = specs.load(directory.spec).cluster
-    events = read_events(directory.events)
-    attempt = max((e.attempt or 0 for e in events), default=0)
-    mine = [e for e in events if e.attempt == attempt]
-    last = next((e for e in reversed(mine) if e.kind in _ENDS), None)
-    for event in mine:  # arithmetic that went wrong on a node, as the spike gate has found
-        if event.kind == "recomputed" and event.data.get("cause") == "hardware":
-            for node in event.data.get("nodes", []):
-                lemons.add(directory.lemons, str(node), event.detail, job_id)
-    decision = decide(
-        last,
-        exit_code,
-        queue.details(job_id),
-        directory.cancelled.exists(),
-        crashes_so_far(events),
-        config.crash_budget,
-        config.warn_s,
-        queue.down_among(os.environ.get("SLURM_JOB_NODELIST", "")),
-    )
-    print(f"{utc_now()} supervise: {decision.cause}: {decision.reason}: {decision.act}", flush=True)
-    if decision.act == "end":
-        if decision.cause in ("finished", "user"):
+class _Supervisor:
+    def __init__(self, directory: RunDir, srun: Sequence[str]) -> None:
+        self.directory, self.srun = directory, list(srun)
+        self.job_id, self.restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self._terminated = self._interruptible = False
+        self._cancel_told = self._requeue_told = False
+        self._posts: list[threading.Thread] = []
+        signal.signal(signal.SIGTERM, self._note_term)
+
+    def run(self) -> int:
+        """Until the job ends or goes back into the queue: its exit code."""
+        try:
+            return self._lead()
+        except Exception:
+            traceback.print_exc()
+            return self._after_own_fault()
+        finally:
+            for thread in self._posts:
+                thread.join(10)
+
+    def _lead(self) -> int:
+        self._say_why_again()
+        why = ""
+        while True:
+            try:
+                step = self._prepare(why)
+            except _Terminated:
+                return self._settle(128 + signal.SIGTERM, frozenset()) or 0
+            if isinstance(step, int):
+                return step
+            before = frozenset(e.attempt for e in read_events(self.directory.events) if e.kind == "started")
+            ended = self._settle(self._run_ranks([self.srun[0], *step, *self.srun[1:]]), before)
+            if ended is not None:
+                return ended
+            why = "node_failure"
+
+    # ------------------------------------------------------------------------------------------------ before the ranks
+
+    def _say_why_again(self) -> None:
+        """Why the job is here again, where its last start could not say so itself."""
+        events = read_events(self.directory.events)
+        told = [
+            e
+            for e in events
+            if e.kind == "requeued" and e.data.get("restart") == self.restarts and e.data.get("job_id") == self.job_id
+        ]
+        if self.restarts and not told and any(e.kind == "started" for e in events):
+            ends = queue.starts_of(self.job_id) or []
+            before = ends[self.restarts - 1] if len(ends) >= self.restarts else ""
+            cause = _SLURMS_WORDS.get(before, "requeued")
+            said = f"Slurm says {before}" if before else "there is no accounting that would say why"
+            self._tell_requeue(events, cause, said, self.restarts)
+
+    def _prepare(self, why: str) -> list[str] | int:
+        """srun's options for the ranks; or the job's exit code, where none are to be started. `why` the ranks before have
+        ended, inside this allocation."""
+        if self._is_cancelled():
             return 0
-        if decision.cause != "person":
-            _tell(
-                directory,
-                "failed",
-                _step(events),
-                f"{decision.cause}: {decision.reason}",
-                cause=decision.cause,
-                job_id=job_id,
+        spec = specs.load(self.directory.spec)
+        job = queue.details(self.job_id)
+        nodes = list(job.nodes if job and job.nodes else expand_hostlist(os.environ["SLURM_JOB_NODELIST"]))
+        out: dict[str, list[str]] = {}
+        if spec.cluster.preflight or spec.cluster.is_elastic:
+            out = {node: [said] for node, said in queue.lost_among(nodes).items()}
+        if spec.cluster.preflight and (there := [n for n in nodes if n not in out]):
+            out |= self._preflight(spec, there)
+        if self._is_cancelled():  # its signal has ended the check on some nodes
+            return 0
+        fit = [n for n in nodes if n not in out]
+        for node, said in out.items():
+            self._lemon(node, "; ".join(said))
+            self._tell("unfit", 0, f"{node} is unfit: {'; '.join(said)}", node=node, job_id=self.job_id)
+        wanted = shrink.nodes_to_use(spec.cluster, spec.layout, spec.optim.batch_sequences, len(fit))
+        if wanted is None:
+            return self._refuse(spec, sorted(out), why)
+        gpus = wanted * spec.cluster.gpus_per_node
+        if spec.cluster.is_elastic and (why or out or len(nodes) < spec.cluster.nodes):
+            gone = sorted({*expand_hostlist(os.environ["SLURM_JOB_NODELIST"])} - {*fit})
+            how = (
+                f"{wanted} of {spec.cluster.nodes} nodes"
+                if wanted < spec.cluster.nodes
+                else f"{wanted} nodes, spares among them"
             )
-        return 1
-    if decision.act == "requeue":  # else `begin` tells: by then the accounting knows who did it
-        detail = f"requeued: {decision.cause}: {decision.reason}"
-        _tell(directory, "requeued", _step(events), detail, cause=decision.cause, job_id=job_id, restart=restarts + 1)
-        _until_it_works(["scontrol", "requeue", job_id])
-    # When the last of this start is gone, slurmctld holds the job for two minutes more, but only where its begin time has
-    # passed by then: so it gets one that has not.
-    _until_it_works(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{_BREATH_S}seconds"])
-    return 0
+            self._tell(
+                "restarted",
+                _step(read_events(self.directory.events)),
+                f"inside the allocation, {why or 'unfit_node'}: without {', '.join(gone) or 'any loss'}, on {how}",
+                cause=why or "unfit_node", job_id=self.job_id, restart=self.restarts, without=gone, nodes=wanted, gpus=gpus,
+            )  # fmt: skip
+        options = [f"--nodes={wanted}", f"--ntasks={gpus}", f"--ntasks-per-node={spec.cluster.gpus_per_node}"]
+        return [*options, f"--nodelist={','.join(fit[:wanted])}"] if wanted < len(nodes) else options
+
+    def _preflight(self, spec: specs.RunSpec, nodes: Sequence[str]) -> dict[str, list[str]]:
+        """Checks these nodes, all at once: the unfit ones, and why. A node that says nothing is unfit only where others do."""
+        results = self.directory.root / "preflight" / f"{self.job_id}-{self.restarts}"
+        results.mkdir(parents=True, exist_ok=True)
+        wait_s = _PREFLIGHT_S + len(nodes) / 4
+        with socket.create_server(("", 0), backlog=len(nodes) + 8) as head:
+            asked = {
+                "run_dir": str(self.directory.root),
+                "results": str(results),
+                "gpus_per_node": spec.cluster.gpus_per_node,
+                "cuda": spec.gpu.device == "cuda",
+                # this process listens: it is on the job's first node, whichever nodes the ranks get
+                "head": [os.environ.get("ARRIERO_MASTER_ADDR", os.environ.get("SLURMD_NODENAME", nodes[0])),
+                         head.getsockname()[1]],
+                "command": spec.cluster.preflight_command,
+            }  # fmt: skip
+            words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--overlap"]
+            words += [f"--nodelist={','.join(nodes)}", sys.executable, "-m", "slurm.preflight", json.dumps(asked)]
+            with self._interrupted_by_term():
+                code, _, error = queue.call(*words, timeout_s=wait_s)
+        said = {n: json.loads(p.read_text()) for n in nodes if (p := results / f"{n}.json").exists()}
+        shutil.rmtree(results, ignore_errors=True)
+        unfit: dict[str, list[str]] = {n: why for n, why in said.items() if why}
+        silent = [f"no answer in {wait_s:g} s (exit code {code}) {error[-200:]}".rstrip()]
+        missing = {n: silent for n in nodes if n not in said}
+        if not said and (len(nodes) > 1 or code != 124):  # not one node has answered: srun or the check is at fault
+            self._tell("preflight", 0, f"the preflight could not be made, so no node is left out: {silent[0]}")
+            return {}
+        if len(unfit) == len(nodes) > 1:
+            # Not one node is fit: the fault is the check's or the whole cluster's, and leaving all out would help nobody.
+            self._tell("preflight", 0, f"no node passed the preflight, so none is left out: {unfit[nodes[0]][0]}")
+            return {}
+        return unfit | missing
+
+    def _refuse(self, spec: specs.RunSpec, out: Sequence[str], why: str) -> int:
+        """Too few nodes are fit: back into the queue without the others, a few times."""
+        events = read_events(self.directory.events)
+        refused = rejections_so_far(events)
+        if not why and refused + 1 >= _REJECTIONS:
+            detail = f"{refused + 1} starts in a row had unfit nodes (last: {', '.join(out)}): a person must look"
+            self._tell("failed", _step(events), f"unfit_node: {detail}", cause="unfit_node", job_id=self.job_id)
+            return 1
+        self._tell_requeue(events, why or "unfit_node", f"without {', '.join(out)}", self.restarts + 1)
+        _until_it_works(["scontrol", "requeue", self.job_id])
+        self._leave_out(spec, out)
+        self._start_in(_BREATH_S)
+        return 0
+
+    # ------------------------------------------------------------------------------------------------ ranks, and after
+
+    def _run_ranks(self, words: Sequence[str]) -> int:
+        """srun's exit code as a shell has it. TERM settles at once what does not wait for the ranks: they may never end."""
+        process = subprocess.Popen(words)
+        try:
+            with self._interrupted_by_term():
+                code = process.wait()
+        except _Terminated:
+            try:
+                self._settle_early()
+            except Exception:
+                traceback.print_exc()  # what is left happens when the ranks have ended
+            code = process.wait()
+        return code if code >= 0 else 128 - code
+
+    def _settle_early(self) -> None:
+        """What is certain when TERM comes: a time limit is a requeue, and a requeue is not to be held two minutes. Ranks that
+        ignore TERM are killed after KillWait seconds, this process with them."""
+        events = read_events(self.directory.events)
+        decision = ended_by_slurm(queue.details(self.job_id), self.restarts)
+        if decision is None or any(e.kind == "finished" for e in events):
+            return
+        print(f"{utc_now()} supervise: TERM: {decision.cause}: {decision.reason}", flush=True)
+        if decision.cause == "user" or self.directory.cancelled.exists():
+            self._tell_cancelled(decision.reason)
+        else:
+            if decision.act == "requeue":
+                self._tell_requeue(events, decision.cause, decision.reason, self.restarts + 1)
+                _until_it_works(["scontrol", "requeue", self.job_id], 10)
+            self._start_in(
+                queue.kill_wait_s() + _BREATH_S, 10
+            )  # after the last of the ranks; `_settle` makes it sooner
+
+    def _settle(self, exit_code: int, before: frozenset[int | None]) -> int | None:
+        """After the ranks: requeues or ends the job. Its exit code; None where the ranks start again in this allocation."""
+        spec = specs.load(self.directory.spec)
+        config = spec.cluster
+        events = read_events(self.directory.events)
+        mine = _of_this_start(events, self.job_id, self.restarts, before)
+        last = next((e for e in reversed(mine) if e.kind in _ENDS), None)
+        for event in mine:  # arithmetic that went wrong on a node, as the spike gate has found
+            if event.kind == "recomputed" and event.data.get("cause") == "hardware":
+                for node in event.data.get("nodes", []):
+                    self._lemon(str(node), event.detail)
+        job = queue.details(self.job_id)
+        nodes = (job.nodes if job else ()) or expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
+        asked = sorted({*nodes, *expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))})
+        decision = decide(
+            last,
+            exit_code,
+            job,
+            self.directory.cancelled.exists(),
+            crashes_so_far(events),
+            config.crash_budget,
+            config.warn_s,
+            restarts=self.restarts,
+            lost=list(queue.lost_among(asked)) if exit_code and last is None else (),
+            elastic=config.is_elastic,
+        )
+        print(f"{utc_now()} supervise: {decision.cause}: {decision.reason}: {decision.act}", flush=True)
+        if decision.act == "again":
+            return None
+        if decision.act == "end":
+            if decision.cause == "user":
+                self._tell_cancelled(decision.reason)
+            if decision.cause in ("finished", "user"):
+                return 0
+            if decision.cause != "person":
+                detail = f"{decision.cause}: {decision.reason}"
+                self._tell("failed", _step(events), detail, cause=decision.cause, job_id=self.job_id)
+            return 1
+        if (
+            decision.act == "requeue" and not self._requeue_told
+        ):  # else the next start tells: the accounting knows who did it
+            self._tell_requeue(events, decision.cause, decision.reason, self.restarts + 1)
+            _until_it_works(["scontrol", "requeue", self.job_id])
+        # When the last of this start is gone, slurmctld holds the job for two minutes more, but only where its begin time has
+        # passed by then: so it gets one that has not.
+        self._start_in(_BREATH_S)
+        return 0
+
+    def _after_own_fault(self) -> int:
+        """A fault of this process, or of the file system under it, is no end of the run: a while later, a few times."""
+        with contextlib.suppress(OSError):
+            if self.directory.cancelled.exists():
+                return 0
+        if not ended_by_slurm(queue.details(self.job_id), self.restarts):
+            try:
+                events = read_events(self.directory.events)
+                faults, most = crashes_so_far(events, "supervisor"), _OWN_FAULTS
+                told = self._tell_requeue(
+                    events, "supervisor", "the supervisor failed: see the job's log", self.restarts + 1
+                )
+            except Exception:
+                traceback.print_exc()
+                told = False
+            if not told:
+                faults, most = self.restarts, _UNTOLD_RESTARTS
+            if faults >= most:
+                print(f"supervise: it has failed {faults} times: the job ends here", flush=True)
+                self._tell(
+                    "failed", 0, f"supervisor: it has failed {faults + 1} times: see the job's log", cause="supervisor"
+                )
+                return 1
+            _until_it_works(["scontrol", "requeue", self.job_id])
+        self._start_in(_LATER_S)
+        return 0
+
+    # ------------------------------------------------------------------------------------------------------ the means
+
+    def _note_term(self, number: int, frame: FrameType | None) -> None:
+        """Ends what waits; never interrupts anything else, such as a line being written."""
+        self._terminated = True
+        if self._interruptible:
+            self._interruptible = False
+            raise _Terminated
+
+    @contextlib.contextmanager
+    def _interrupted_by_term(self) -> Iterator[None]:
+        self._interruptible = True
+        try:
+            if self._terminated:  # it came before
+                raise _Terminated
+            yield
+        finally:
+            self._interruptible = False
+
+    def _is_cancelled(self) -> bool:
+        """Whether `arriero cancel` came while no rank was there to hear its signal."""
+        if self.directory.cancelled.exists():
+            self._tell_cancelled("cancelled before the ranks started")
+            return True
+        return False
+
+    def _leave_out(self, spec: specs.RunSpec, nodes: Sequence[str]) -> None:
+        left_out = {*nodes, *expand_hostlist(spec.cluster.exclude or "")}
+        with contextlib.suppress(OSError):
+            left_out |= {*lemons.excluded(self.directory.lemons)}
+        _until_it_works(["scontrol", "update", f"jobid={self.job_id}", f"ExcNodeList={','.join(sorted(left_out))}"])
+
+    def _start_in(self, seconds: int, patience_s: float = 60.0) -> None:
+        _until_it_works(["scontrol", "update", f"jobid={self.job_id}", f"StartTime=now+{seconds}seconds"], patience_s)
+
+    def _lemon(self, node: str, why: str) -> None:
+        try:
+            lemons.add(self.directory.lemons, node, why, self.job_id)
+        except OSError as error:
+            print(f"supervise: {node} could not be written to {self.directory.lemons}: {error}", flush=True)
+
+    def _tell_cancelled(self, reason: str) -> None:
+        if not self._cancel_told:
+            self._cancel_told = True
+            events = read_events(self.directory.events)
+            self._tell("cancelled", _step(events), f"user: {reason}", cause="user", job_id=self.job_id)
+
+    def _tell_requeue(self, events: Sequence[Event], cause: str, reason: str, restart: int) -> bool:
+        self._requeue_told = restart > self.restarts
+        detail = f"requeued: {cause}: {reason}"
+        return self._tell("requeued", _step(events), detail, cause=cause, job_id=self.job_id, restart=restart)
+
+    def _tell(self, kind: str, step: int, detail: str, **data: object) -> bool:
+        """Whether it is on disk. A full disk or a stale mount is printed: the run must go on all the same."""
+        event = Event(time_utc=utc_now(), kind=kind, step=step, detail=detail, data=data)
+        print(f"{event.time_utc} {kind}: {detail}", flush=True)
+        if thread := post(event, self.directory.root.name):
+            self._posts.append(thread)
+        try:
+            with JsonlWriter(self.directory.events / "supervise.jsonl") as events:
+                events.write(event, durable=True)
+        except OSError as error:
+            print(f"supervise: the event {kind} could not be written: {error}", flush=True)
+            return False
+        return True
+
+
+def _of_this_start(
+    events: Sequence[Event], job_id: str, restarts: int, before: frozenset[int | None] = frozenset()
+) -> list[Event]:
+    """The events of the attempts that this start's ranks have made, and of no earlier one: ranks that die early make none."""
+    mine = {
+        e.attempt
+        for e in events
+        if e.kind == "started" and e.data.get("job_id") == job_id and e.data.get("restart") == restarts
+    } - before
+    return [e for e in events if e.attempt is not None and e.attempt in mine]
 
 
 def _until_it_works(words: list[str], seconds: float = 60.0) -> None:
@@ -251,15 +510,10 @@ def _step(events: Sequence[Event]) -> int:
     return max((e.step for e in events if e.kind in ("saved", "resumed")), default=0)
 
 
-def _tell(directory: RunDir, kind: str, step: int, detail: str, **data: object) -> None:
-    with JsonlWriter(directory.events / "supervise.jsonl") as events:
-        events.write(Event(time_utc=utc_now(), kind=kind, step=step, detail=detail, data=data), durable=True)
-
-
 def main() -> int:
-    what, run_dir, *rest = sys.argv[1:]
-    directory = RunDir(Path(run_dir))
-    return begin(directory) if what == "begin" else end(directory, int(rest[0]))
+    """`python -m orchestrator.supervise RUN_DIR srun ...`: what follows RUN_DIR starts the ranks."""
+    run_dir, *srun = sys.argv[1:]
+    return _Supervisor(RunDir(Path(run_dir)), srun).run()
 
 
 if __name__ == "__main__":

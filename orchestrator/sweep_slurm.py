@@ -24,7 +24,7 @@ from orchestrator.spec import RunSpec
 from orchestrator.spikes.watch import stopped_for_a_person
 from slurm import queue
 from slurm.request import ArrayRequest, CannotSubmit, ClusterConfig, JobRequest
-from slurm.submit import array_of, find, sbatch_settled, submit_array
+from slurm.submit import array_of, find, only_one, sbatch_settled, submit_array
 
 _LOOK_S = 2.0  # between two looks at the queue, waiting
 
@@ -96,18 +96,18 @@ def _submit(root: Path, runs: Sequence[RunSpec], cluster: ClusterConfig, code: s
     lines = folder / f"{token}.txt"
     lines.write_text("".join(f"{run.run_dir}\n" for run in runs))
     journal = {"points": [run.name for run in runs], "job_id": None, "time_s": time.time()}
-    launching._write(folder / f"{token}.json", json.dumps(journal))
-    job_id = submit_array(
-        JobRequest(
-            name=root.name,
-            entry=launching.WORKER,
-            run_dir=str(root),
-            cluster=cluster,
-            code=code,
-            token=token,
-            array=ArrayRequest(run_dirs=str(lines), count=len(runs), limit_parallel=limit),
-        )
+    request = JobRequest(
+        name=root.name,
+        entry=launching.WORKER,
+        run_dir=str(root),
+        cluster=cluster,
+        code=code,
+        token=token,
+        array=ArrayRequest(run_dirs=str(lines), count=len(runs), limit_parallel=limit),
     )
+    with only_one(folder / f"{token}.lock") as lock:
+        launching._write(folder / f"{token}.json", json.dumps(journal))
+        job_id = submit_array(request, lock)
     _submitted(root, folder / f"{token}.json", job_id)
     return job_id
 
@@ -128,9 +128,9 @@ def live_points(root: Path) -> dict[str, str] | None:
     if not paths:
         return {}
     journals = {path: json.loads(path.read_text()) for path in paths}
-    for journal in journals.values():
+    for path, journal in journals.items():
         if not journal["job_id"]:
-            sbatch_settled(journal["time_s"])
+            sbatch_settled(path.with_suffix(".lock"))
     jobs = queue.queued()
     if jobs is None:
         return None

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from orchestrator.record import Event
 
 URL = "ARRIERO_WEBHOOK_URL"
-KINDS = frozenset({"spike", "rewound", "recomputed", "failed", "stopped", "finished"})
+KINDS = frozenset({"spike", "rewound", "recomputed", "failed", "unfit", "stopped", "finished"})
 _TIMEOUT_S = 10.0
 
 

@@ -29,6 +29,7 @@ from orchestrator.energy.sampler import sampling
 from orchestrator.mirror import mirroring
 from orchestrator.record import Event, JsonlWriter, StepRecord, read_events, utc_now
 from orchestrator.run_dir import RunDir
+from orchestrator.shrink import shrunk
 from orchestrator.spikes.watch import SpikeWatch
 from orchestrator.webhook import post
 from slurm.rendezvous import Place, place
@@ -102,6 +103,8 @@ def main(run_dir: str) -> str:
     directory = RunDir(Path(run_dir))
     spec = specs.load(directory.spec)
     here = place()
+    # on fewer nodes than it was launched for (cluster.min_nodes) fewer data-parallel ranks share the same batch
+    spec.layout = shrunk(spec.layout, here.world_size, spec.optim.batch_sequences)
     device, dtype = _hardware(spec, here)
     if here.world_size > 1:
         dist.init_process_group(
@@ -180,8 +183,9 @@ def _train(
         host=here.node,
         node_list=os.environ.get("SLURM_STEP_NODELIST", here.node),
         job_id=here.job_id,
-        nodes=spec.cluster.nodes,
-        gpus=spec.cluster.gpus,
+        restart=here.restart_count,
+        nodes=here.world_size // here.local_size,
+        gpus=here.world_size,
     )
     watch = SpikeWatch(
         spec.spikes, _past_events(directory, ranks), store.history_steps, loader.data_batch, recorder.event

@@ -7,6 +7,7 @@ A site's own command goes into cluster.preflight_command.
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ FREE_BYTES = 1 << 30  # in the run directory and in the folder for temporary fil
 CLOCK_S = 5.0  # from the clock of the file system that all nodes share
 GPU_USED_SHARE = 0.05  # of its memory before the job has begun: somebody else's, or a dead process's
 PEER_S = 10.0
+COMMAND_S = 120.0  # less than what all checks together have
 
 
 def gpus(asked: dict[str, Any]) -> str | None:
@@ -30,18 +32,28 @@ def gpus(asked: dict[str, Any]) -> str | None:
         return f"Slurm gives {given} GPUs, asked for were {wanted}" if given and int(given) < wanted else None
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.used", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"nvidia-smi: {error}"
     if done.returncode:
         return f"nvidia-smi: {(done.stderr or done.stdout).strip()[:200]}"
-    cards = [[float(v) for v in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    cards = [[v.strip() for v in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    ours = _given()
+    # On a shared node the others' GPUs are seen too; where cgroups hide them, all that is seen is ours.
+    if ours and len(cards) > wanted:
+        cards = [c for c in cards if c[0] in ours or c[1] in ours]
     if len(cards) < wanted:
         return f"{len(cards)} GPUs answer, asked for were {wanted}"
-    used = [n for n, (total, taken) in enumerate(cards[:wanted]) if taken > GPU_USED_SHARE * total]
+    used = [index for index, _, total, taken in cards if float(taken) > GPU_USED_SHARE * float(total)]
     return f"the memory of GPU {used[0]} is in use already" if used else None
+
+
+def _given() -> set[str]:
+    """The GPUs of this node that are this job's, by index or UUID; empty where nobody says."""
+    names = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")
+    return set(next((os.environ[n] for n in names if os.environ.get(n)), "").split(",")) - {""}
 
 
 def disk(asked: dict[str, Any]) -> str | None:
@@ -85,7 +97,11 @@ def command(asked: dict[str, Any]) -> str | None:
     """The site's own check: any exit code but 0 is a no."""
     if not asked["command"]:
         return None
-    done = subprocess.run(["bash", "-c", asked["command"]], capture_output=True, text=True, timeout=300, check=False)
+    words = ["bash", "-c", asked["command"]]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"cluster.preflight_command has not ended after {COMMAND_S:g} s"
     said = (done.stderr or done.stdout).strip()[-200:]
     return f"cluster.preflight_command: exit code {done.returncode} {said}".rstrip() if done.returncode else None
 
@@ -107,6 +123,7 @@ def unfit(asked: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # `arriero cancel`, or the time limit: not this node's fault
     asked = json.loads(sys.argv[1])
     node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
     result = Path(asked["results"]) / f"{node}.json"

@@ -1,9 +1,13 @@
 """What Slurm says of jobs: one call of squeue, sacct or scontrol each, parsed. No answer is None, and never means "gone"."""
 
 import re
+import socket
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+from slurm.rendezvous import expand_hostlist
 
 _TIMEOUT_S = 15.0
 LIVE = frozenset(  # queued, running, or about to be either again
@@ -65,11 +69,37 @@ def parse_squeue(text: str) -> dict[str, JobState]:
     return jobs
 
 
+def comment_of(token: str) -> str:
+    return f"arriero:{token}"
+
+
+def is_of(job: JobState, job_id: str | None, token: str) -> bool:
+    """Whether a job is the one of a journal's entry. Numbers come again, on another cluster of one name; tokens do not."""
+    if job.comment.startswith(comment_of("")):
+        same_task = "." not in token or job.job_id == job_id  # the tasks of an array share its comment
+        return same_task and job.comment == comment_of(token.partition(".")[0])
+    return job.job_id == job_id  # the site has put its own words into the comment
+
+
 def max_array_size() -> int:
     """Tasks that one array may have; Slurm's default where it does not answer."""
+    return int(_configured("MaxArraySize") or 1001)
+
+
+def cluster_name() -> str | None:
+    """Of the cluster that Slurm's commands speak to; None where it does not answer."""
+    return _configured("ClusterName")
+
+
+def kill_wait_s() -> int:
+    """What lies between TERM and KILL when Slurm ends a job; Slurm's default where it does not answer."""
+    return int(_configured("KillWait") or 30)
+
+
+def _configured(name: str) -> str | None:
     code, out, _ = call("scontrol", "show", "config")
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", out, re.MULTILINE)
-    return int(found[1]) if found and not code else 1001
+    found = re.search(rf"^{name}\s*=\s*(\S+)", out, re.MULTILINE)
+    return found[1] if found and not code else None
 
 
 def accounted(job_ids: Sequence[str]) -> dict[str, JobState] | None:
@@ -108,19 +138,51 @@ def is_known(job_id: str) -> bool | None:
     return False if "Invalid job id" in error else None
 
 
-def down_among(node_list: str) -> list[str]:
-    """Of these nodes (Slurm's list), those that slurmctld holds for down or that do not answer it."""
-    code, out, _ = call("sinfo", "--noheader", "--Node", f"--nodes={node_list}", "--format=%N %T")
-    rows = [line.split() for line in out.splitlines()] if code == 0 else []
-    return sorted({r[0] for r in rows if len(r) == 2 and (r[1].endswith("*") or r[1].startswith(("down", "fail")))})
+def lost_among(nodes: Sequence[str]) -> dict[str, str]:
+    """Of these nodes, those that are gone, and why: slurmctld holds them for down, or their slurmd takes no connection from
+    here, which is known minutes earlier (SlurmdTimeout). Nobody is lost where slurmctld does not answer."""
+    code, out, _ = call("scontrol", "show", "node", ",".join(nodes), "--oneliner")
+    if code:
+        return {}
+    default_port = ""
+    asked: dict[str, tuple[str, int]] = {}
+    found: dict[str, str] = {}
+    for line in out.splitlines():
+        values = dict(re.findall(r"(\w+)=(\S*)", line))
+        node, state = values.get("NodeName", ""), values.get("State", "")
+        if re.match(r"DOWN|FAIL", state):
+            found[node] = f"Slurm says {state.lower()}"
+        elif node:
+            default_port = default_port or (values.get("Port") or _configured("SlurmdPort") or "6818")
+            asked[node] = str(values.get("NodeAddr", node)), int(values.get("Port") or default_port.partition("-")[0])
+    with ThreadPoolExecutor(max_workers=64) as threads:
+        found |= {n: why for n, why in zip(asked, threads.map(_no_answer, asked.values()), strict=True) if why}
+    return dict(sorted(found.items()))
+
+
+def _no_answer(address: tuple[str, int]) -> str | None:
+    """Why no slurmd answers there; None also where its name can't be looked up: that says nothing of the node."""
+    why = None
+    for _ in range(2):
+        try:
+            socket.create_connection(address, timeout=3.0).close()
+            return None
+        except socket.gaierror:
+            return None
+        except OSError as error:
+            why = f"its slurmd does not answer: {error.strerror or error}"
+    return why
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobDetails:
     """What `scontrol show job` tells of one job."""
 
-    state: str
+    state: str  # COMPLETING from the moment in which Slurm ends a start, whatever for
     time_left_s: float | None
+    reason: str = ""
+    restarts: int | None = None  # one more as soon as Slurm has decided on a requeue
+    nodes: tuple[str, ...] = ()  # without those that a job with --no-kill has lost
 
 
 def details(job_id: str) -> JobDetails | None:
@@ -135,6 +197,9 @@ def parse_details(text: str) -> JobDetails:
     return JobDetails(
         state=values.get("JobState", "UNKNOWN"),
         time_left_s=None if limit is None or run is None else limit - run,
+        reason="" if (reason := values.get("Reason", "")) == "None" else reason,
+        restarts=int(restarts) if (restarts := values.get("Restarts", "")).isdigit() else None,
+        nodes=tuple(expand_hostlist(listed)) if (listed := values.get("NodeList", "")) not in ("", "(null)") else (),
     )
 
 

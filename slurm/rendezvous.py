@@ -78,7 +78,7 @@ def _slurm(env: Mapping[str, str]) -> Place:
         restart_count=restarts,
         # SLURM_LAUNCH_NODE_IPADDR would be the submitting node: the first node of the step is where rank 0 runs.
         master_addr=env.get("ARRIERO_MASTER_ADDR", nodes[0]),
-        master_port=_port(job_id, restarts),
+        master_port=_port(job_id, restarts, env.get("SLURM_STEP_ID", "0")),
     )
 
 
@@ -97,13 +97,14 @@ def _torchrun(env: Mapping[str, str]) -> Place:
     )
 
 
-def _port(job_id: str, restart_count: int) -> int:
-    """The same on every rank; another one after each requeue, so that an attempt's stale sockets are not in the way.
+def _port(job_id: str, restart_count: int, step: str = "0") -> int:
+    """The same on every rank; another one after each requeue and for each srun, so that stale sockets are not in
+    the way.
 
     From 15000 to 30000: above the well-known services, below Linux's ephemeral range.
     """
     return int(
-        os.environ.get("ARRIERO_MASTER_PORT", 15_000 + zlib.crc32(f"{job_id}/{restart_count}".encode()) % 15_000)
+        os.environ.get("ARRIERO_MASTER_PORT", 15_000 + zlib.crc32(f"{job_id}/{restart_count}/{step}".encode()) % 15_000)
     )
 
 

@@ -3,6 +3,26 @@
 from dataclasses import dataclass, field
 
 KINDS = ("local", "slurm")
+OURS = {  # options of sbatch that a user's must not replace
+    "comment": "for a job is found again by it",
+    "array": "for sweeps (`arriero launch -m`)",
+    "output": "for `arriero logs` looks there",
+    "error": "for `arriero logs` looks there",
+    "open-mode": "so that a requeue keeps the log of before",
+    "signal": "so long before the end as cluster.warn_s says",
+    "requeue": "for a run goes on by itself",
+    "no-requeue": "for a run goes on by itself",
+    "job-name": "to the run's name (name=...)",
+    "nodes": "from cluster.nodes",
+    "ntasks": "from cluster.nodes and cluster.gpus_per_node",
+    "ntasks-per-node": "from cluster.gpus_per_node",
+    "time": "from cluster.time_limit_min",
+    "no-kill": "with cluster.spare_nodes or cluster.min_nodes",
+    "wrap": "for the script is what runs",
+    "parsable": "for it reads what sbatch says",
+    "wait": "for a launch does not wait",
+    "test-only": "for `arriero launch --dry-run` is there",
+}
 
 
 @dataclass(kw_only=True)
@@ -17,10 +37,12 @@ class ClusterConfig:
     memory_gb_per_node: int | None = None  # null: all of it
     time_limit_min: int = 60 * 24
     warn_s: int = 180  # so long before the time limit Slurm warns the ranks: they save and the job is requeued
-    crash_budget: int = 3  # crashes without a new checkpoint in between before the run stops for a person
+    crash_budget: int = 3  # crashes without a new checkpoint in between that are forgiven: the next one stops the run
     exclusive: bool = False  # whole nodes
     preflight: bool = True  # every node is checked before the ranks start (slurm/preflight.py)
     preflight_command: str | None = None  # the site's own check, a line of bash run on each node; not 0: unfit
+    spare_nodes: int = 0  # more nodes in the allocation: one takes a lost node's place at once, without a requeue
+    min_nodes: int | None = None  # null: all; else the run goes on with as few, at the same global batch
     nodelist: str | None = None
     partition: str | None = None
     account: str | None = None
@@ -37,6 +59,11 @@ class ClusterConfig:
     def gpus(self) -> int:
         return self.nodes * self.gpus_per_node
 
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a lost node leaves the allocation standing."""
+        return self.spare_nodes > 0 or self.min_nodes is not None
+
     def problems(self) -> list[str]:
         found = []
         if self.kind not in KINDS:
@@ -51,14 +78,22 @@ class ClusterConfig:
             )
         if self.crash_budget < 0:
             found.append(f"cluster.crash_budget={self.crash_budget} must be 0 (stop at the first crash) or more")
+        if self.spare_nodes < 0:
+            found.append(f"cluster.spare_nodes={self.spare_nodes} must be 0 (none) or more")
+        if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:
+            found.append(f"cluster.min_nodes={self.min_nodes} must be from 1 to cluster.nodes={self.nodes}, or null")
+        if self.kind == "local" and self.is_elastic:
+            found.append(
+                "cluster.spare_nodes and cluster.min_nodes are of Slurm's jobs: choose cluster.kind=slurm, or leave them out"
+            )
         for name in ("setup", "sbatch"):
             values = self.setup if name == "setup" else [f"{k}={v}" for k, v in self.sbatch.items()]
             found += [f"cluster.{name} holds a line break: {v!r}" for v in values if "\n" in v]
-        found += [
-            f"cluster.sbatch.{k}: sbatch's long option, without dashes in front"
-            for k in self.sbatch
-            if k.startswith("-")
-        ]
+        for option in self.sbatch:
+            if option.startswith("-"):
+                found.append(f"cluster.sbatch.{option}: sbatch's long option, without dashes in front")
+            elif why := OURS.get(option.replace("_", "-")):
+                found.append(f"cluster.sbatch.{option} is set by arriero itself, {why}: leave it out")
         if self.kind == "local" and self.nodes != 1:
             found.append(f"cluster.nodes={self.nodes} but cluster.kind=local is this one machine: set cluster.nodes=1")
         return found

@@ -1,6 +1,6 @@
 """Submission through submitit: on this machine, or to Slurm. All state is on disk; a Slurm job is a name and a folder."""
 
-import contextlib
+import errno
 import fcntl
 import importlib
 import json
@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -99,22 +100,24 @@ def _ignored(*signals: signal.Signals) -> Iterator[None]:
 
 def sbatch_script(request: JobRequest) -> str:
     """The script, as submitit writes it: the same for --dry-run and for the submission."""
-    return str(_slurm_executor(request)._make_submission_file_text(_rank_command(request), "dry-run"))
+    return str(_slurm_executor(request)._make_submission_file_text(_job_command(request), "dry-run"))
 
 
 def submit_once(request: JobRequest, journal: Path) -> tuple[str, bool]:
     """The run's Slurm job: its id, and whether this call submitted it. Never a second one while the first is queued or runs.
 
     The journal is on disk, with a token that goes into the job's comment, before sbatch is called; so a launch that was
-    killed in between finds the job again. Raises CannotSubmit.
+    killed in between finds the job again. sbatch itself holds the lock too: who comes later waits for its end, however
+    long that takes. Raises CannotSubmit.
     """
-    with _only_one(journal.with_suffix(".lock")):
-        if known := find(journal):
+    with only_one(journal.with_suffix(".lock")) as lock:
+        if known := _find(journal):
             return known, False
         token = uuid.uuid4().hex
-        _write_journal(journal, token, None)
-        job_id = _sbatch(replace(request, token=token))
-        _write_journal(journal, token, job_id)
+        cluster = queue.cluster_name()
+        _write_journal(journal, token, None, cluster)
+        job_id = _sbatch(replace(request, token=token), lock)
+        _write_journal(journal, token, job_id, cluster)
         return job_id, True
 
 
@@ -122,16 +125,28 @@ def find(journal: Path) -> str | None:
     """The job of a journal while it is queued or runs; None where there is none. Raises CannotSubmit where nobody can tell."""
     if not journal.exists():
         return None
+    if not json.loads(journal.read_text())["job_id"]:  # sbatch may still be on its way
+        sbatch_settled(journal.with_suffix(".lock"))
+    return _find(journal)
+
+
+def _find(journal: Path) -> str | None:
+    if not journal.exists():
+        return None
     entry = json.loads(journal.read_text())
-    if not entry["job_id"]:  # killed before sbatch had answered; sbatch itself may still be on its way
-        time.sleep(max(0.0, min(_SBATCH_S, entry["time_s"] + _SBATCH_S - time.time())))
+    here = queue.cluster_name() if entry.get("cluster") else None
+    if here and here != entry["cluster"]:
+        raise CannotSubmit(
+            f"job {entry['job_id']} of this run is on the cluster {entry['cluster']}, and Slurm's commands speak to {here}: "
+            f"choose the cluster (SLURM_CONF), or, where {entry['cluster']} is no more, delete {journal}"
+        )
     jobs = queue.queued()
     if jobs is None:
         raise CannotSubmit(
             "squeue does not answer, so nobody can tell whether this run is queued already: try again later"
         )
     for job in jobs.values():
-        if job.live and (job.job_id == entry["job_id"] or job.comment == _comment(entry["token"])):
+        if job.live and queue.is_of(job, entry["job_id"], entry["token"]):
             return job.job_id
     # An empty list is no proof: the job may be another user's, launched into the same run directory.
     if entry["job_id"] and entry["job_id"] not in jobs and queue.is_known(entry["job_id"]) is not False:
@@ -142,58 +157,93 @@ def find(journal: Path) -> str | None:
     return None
 
 
-_SBATCH_S = 5.0  # after which an sbatch whose caller was killed has come to its end
-
-
-def _comment(token: str) -> str:
-    return f"arriero:{token}"
-
-
-def _write_journal(path: Path, token: str, job_id: str | None) -> None:
+def _write_journal(path: Path, token: str, job_id: str | None, cluster: str | None) -> None:
     temporary = path.with_name(f".{path.name}")
     with temporary.open("w") as file:
-        json.dump({"token": token, "job_id": job_id, "time_s": time.time()}, file)
+        json.dump({"token": token, "job_id": job_id, "time_s": time.time(), "cluster": cluster}, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
 @contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
+def only_one(lock: Path) -> Iterator[int | None]:
+    """One at a time inside; yields the lock's descriptor, for a child to hold it too. Raises CannotSubmit.
+
+    Where the file system has no locks, a file that is made inside and is there afterwards if this process is killed: then
+    the next one refuses, and says what to look at.
+    """
     with lock.open("a") as file:
-        with contextlib.suppress(OSError):  # no locks on this file system: the journal alone must do
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+        else:
+            yield file.fileno()
+            return
+    claim = lock.with_suffix(".claim")
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        raise CannotSubmit(
+            f"{claim} is there: another launch is submitting, or was killed while it did (this file system has no locks that "
+            "would tell). Once no launch is at work and squeue shows no job of this run, delete it"
+        ) from None
+    try:
+        yield None
+    finally:
+        claim.unlink(missing_ok=True)
 
 
-def _sbatch(request: JobRequest) -> str:
+def _sbatch(request: JobRequest, lock: int | None) -> str:
     if not shutil.which("sbatch"):
         raise CannotSubmit(
             f"cluster={request.cluster.name} is Slurm's, and this machine has no sbatch: launch from a login node, or start a "
             "virtual cluster with `arriero cluster up`"
         )
-    (Path(request.run_dir) / "logs").mkdir(exist_ok=True)
+    logs = Path(request.run_dir) / "logs"
+    logs.mkdir(exist_ok=True)
+    executor = _slurm_executor(request)
+    script = logs / f".submission_{request.token}.sh"
+    script.write_text(executor._make_submission_file_text(_job_command(request), request.token))
+    done = subprocess.run(
+        ["sbatch", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        pass_fds=[lock] if lock is not None else [],
+    )
+    if done.returncode:
+        script.unlink()
+        raise CannotSubmit(f"sbatch refused the job: {(done.stderr or done.stdout).strip()}")
     try:
-        return str(_slurm_executor(request)._submit_command(_rank_command(request)).job_id)
-    except submitit.core.utils.FailedJobError as error:
-        raise CannotSubmit(f"sbatch refused the job: {str(error).strip()}") from None
+        job_id = str(executor._get_job_id_from_submission_command(done.stdout))
+    except submitit.core.utils.FailedSubmissionError:
+        raise CannotSubmit(
+            f"sbatch says {done.stdout.strip()!r}, which names no job: see with squeue whether there is one"
+        ) from None
+    script.rename(logs / f"{job_id}_submission.sh")
+    return job_id
 
 
-def submit_array(request: JobRequest) -> str:
-    """One sbatch for many runs: the array's job id; task i of it is job "<id>_<i>". The caller keeps the journal."""
+def submit_array(request: JobRequest, lock: int | None) -> str:
+    """One sbatch for many runs: the array's job id; task i of it is job "<id>_<i>". The caller keeps the journal and holds
+    the lock (`only_one`) from before the journal is written."""
     assert request.array
-    return _sbatch(request)
+    return _sbatch(request, lock)
 
 
 def array_of(token: str, jobs: dict[str, queue.JobState]) -> str | None:
     """The array that was submitted with `token`, of those that squeue still knows."""
-    found = (j.job_id for j in jobs.values() if j.comment == _comment(token))
+    found = (j.job_id for j in jobs.values() if j.comment == queue.comment_of(token))
     return next((job_id.partition("_")[0] for job_id in found), None)
 
 
-def sbatch_settled(time_s: float) -> None:
-    """Waits until an sbatch that began at `time_s`, and whose caller was killed, has come to its end."""
-    time.sleep(max(0.0, min(_SBATCH_S, time_s + _SBATCH_S - time.time())))
+def sbatch_settled(lock: Path) -> None:
+    """Waits until the sbatch that was begun under this lock has come to its end, also where its caller was killed."""
+    with only_one(lock):
+        pass
 
 
 def _run_word(request: JobRequest) -> str:
@@ -201,8 +251,16 @@ def _run_word(request: JobRequest) -> str:
     return '"$ARRIERO_RUN"' if request.array else shlex.quote(request.run_dir)
 
 
-def _rank_command(request: JobRequest) -> str:
-    return shlex.join([sys.executable, "-u", "-m", "slurm.rank", request.entry]) + " " + _run_word(request)
+def _job_command(request: JobRequest) -> str:
+    """What the batch script comes to: the supervisor, with the srun that it starts the ranks with."""
+    run = _run_word(request)
+    log = str(submitit.core.utils.JobPaths(Path(request.run_dir) / "logs").stdout)
+    srun = ["srun", "--unbuffered", f"--output={log.replace('%j', '%A_%a') if request.array else log}"]
+    # Slurm 22.05 and later: srun no longer takes --cpus-per-task from the job. One dead rank ends the others at once.
+    srun += ["--kill-on-bad-exit=1", f"--cpus-per-task={request.cluster.cpus_per_gpu}"]
+    ranks = [sys.executable, "-u", "-m", "slurm.rank", request.entry]
+    # exec: TERM, which comes before an end or a requeue, goes to the supervisor itself.
+    return f"exec {shlex.join([sys.executable, '-u', '-m', SUPERVISE])} {run} {shlex.join([*srun, *ranks])} {run}"
 
 
 class _Executor(submitit.SlurmExecutor):  # type: ignore[misc]
@@ -233,25 +291,21 @@ def _slurm_executor(request: JobRequest) -> Any:
     cluster = request.cluster
     folder = Path(request.run_dir) / "logs"
     executor = _Executor(folder)
-    supervise = shlex.join([sys.executable, "-m", SUPERVISE])
-    run = _run_word(request)
     setup = [
         *(_task_of_array(request) if request.array else []),
         "export PYTHONSAFEPATH=1",  # else `python -m` takes the launch's folder before the snapshot: a checkout, or a model.py
-        "trap : TERM",  # on a requeue srun ends first, then the lines after it have KillWait to do their part
         *([f"export PYTHONPATH={shlex.quote(request.code)}${{PYTHONPATH:+:$PYTHONPATH}}"] if request.code else []),
         *cluster.setup,
-        f"{supervise} begin {run} || exit",
     ]
     if request.array:
         executor.count = request.array.count
         executor.update_parameters(array_parallelism=request.array.limit_parallel or request.array.count)
     exclude = ",".join([*([cluster.exclude] if cluster.exclude else []), *request.exclude])
     sbatch: dict[str, Any] = {"requeue": True, **({"begin": request.begin} if request.begin else {})}
-    sbatch |= {k: v for k, v in (("reservation", cluster.reservation),) if v}
+    sbatch |= {k: v for k, v in (("reservation", cluster.reservation), ("no-kill", cluster.is_elastic)) if v}
     executor.update_parameters(
         job_name=request.name,
-        nodes=cluster.nodes,
+        nodes=cluster.nodes + cluster.spare_nodes,
         ntasks_per_node=cluster.gpus_per_node,
         cpus_per_task=cluster.cpus_per_gpu,
         gres=cluster.gres.format(gpus_per_node=cluster.gpus_per_node) if cluster.gres else None,
@@ -266,11 +320,9 @@ def _slurm_executor(request: JobRequest) -> Any:
         nodelist=cluster.nodelist,
         wckey=cluster.wckey,
         exclusive=cluster.exclusive or None,
-        comment=_comment(request.token) if request.token else None,
+        comment=queue.comment_of(request.token) if request.token else None,
         setup=setup,
-        teardown=[f"{supervise} end {run} $?"],
-        # Slurm 22.05 and later: srun no longer takes --cpus-per-task from the job. One dead rank ends the others at once.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_gpu}"],
+        use_srun=False,  # the supervisor starts it
         stderr_to_stdout=True,
         additional_parameters={**sbatch, **cluster.sbatch},
     )

@@ -5,6 +5,7 @@ real. Stopping touches only processes that this cluster started: a pid counts on
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pwd
@@ -12,6 +13,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -66,6 +68,8 @@ class VirtualCluster:
     gpus_per_node: int
     accounting: bool
     first_port: int  # slurmctld, slurmdbd, MariaDB, then one a node
+    cpus_per_node: int = 64
+    memory_mb_per_node: int = 1_000_000
     up_s: float = 0.0
     daemons: dict[str, Process] = field(default_factory=dict)  # munged, mariadbd, slurmdbd, slurmctld, node001 ...
 
@@ -78,10 +82,29 @@ class VirtualCluster:
         directory: Path | None = None,
         name: str = "virtual",
         accounting: bool = True,
+        cpus_per_node: int = 64,
+        memory_mb_per_node: int = 1_000_000,
     ) -> Self:
-        """Starts a cluster and returns when every node is idle. Raises ClusterError; then nothing of it is left running."""
+        """Starts a cluster and returns when every node is idle. Raises ClusterError; then nothing of it is left running.
+
+        CPUs and memory are what the nodes claim, whatever this machine has.
+        """
         directory = (directory or default_directory(name)).resolve()
         _check(directory, name, nodes, gpus_per_node, accounting)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _claimed(directory, name):
+            return cls._up(
+                directory=directory,
+                name=name,
+                nodes=nodes,
+                gpus_per_node=gpus_per_node,
+                accounting=accounting,
+                cpus_per_node=cpus_per_node,
+                memory_mb_per_node=memory_mb_per_node,
+            )
+
+    @classmethod
+    def _up(cls, *, directory: Path, name: str, nodes: int, **more: Any) -> Self:
         if (directory / _STATE).exists():
             if cls.load(directory).running():
                 raise ClusterError(
@@ -96,9 +119,8 @@ class VirtualCluster:
             directory=directory,
             name=name,
             nodes=nodes,
-            gpus_per_node=gpus_per_node,
-            accounting=accounting,
             first_port=_free_ports(nodes + 3),
+            **more,
         )
         try:
             cluster._write_configuration()
@@ -319,7 +341,7 @@ class VirtualCluster:
             *storage,
             f"NodeName={nodes} NodeHostname=localhost NodeAddr=127.0.0.1 Port="
             + (f"[{ports}]" if self.nodes > 1 else f"{self.first_port + 3}")
-            + f" CPUs=64 RealMemory=1000000{gres}",
+            + f" CPUs={self.cpus_per_node} RealMemory={self.memory_mb_per_node}{gres}",
             f"PartitionName=normal Nodes={nodes} Default=YES MaxTime=INFINITE State=UP PriorityTier=1",
             f"PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP PriorityTier=10",
         ]
@@ -427,8 +449,32 @@ class VirtualCluster:
 
 
 def default_directory(name: str) -> Path:
-    """Short, for Unix sockets live in it, and the user's own."""
-    return Path(tempfile.gettempdir()) / f"arriero-cluster-{os.geteuid()}" / name
+    """Short, for Unix sockets live in it, and the user's own: nobody else may have put it there, for what stands in it names
+    processes that `down` ends. Raises ClusterError."""
+    folder = Path(tempfile.gettempdir()) / f"arriero-cluster-{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise ClusterError(
+            f"{folder} is not a folder of yours: somebody else made it; delete it, or choose a --directory"
+        )
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)
+    return folder / name
+
+
+@contextlib.contextmanager
+def _claimed(directory: Path, name: str) -> Iterator[None]:
+    """One `up` at a time in a directory; ends with this process, however it ends. Raises ClusterError."""
+    with (directory.parent / f".{directory.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ClusterError(
+                f"another `arriero cluster up` is starting {name} in {directory} right now: wait for it, or choose another --name"
+            ) from None
+        yield
 
 
 def missing_packages(accounting: bool = True) -> list[str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.record import Event
-from orchestrator.supervise import crashes_so_far, decide
+from orchestrator.supervise import _of_this_start, crashes_so_far, decide, rejections_so_far
 from slurm.queue import JobDetails
 
 
@@ -57,6 +57,51 @@ def test_a_new_checkpoint_forgives_crashes_and_other_causes_never_count() -> Non
 
 
 def test_a_lost_node_is_no_crash_even_where_the_ranks_say_it_first() -> None:
-    decision = decide(None, 1, job(), False, crashes=9, crash_budget=3, warn_s=180, nodes_down=["node003"])
+    decision = decide(None, 1, job(), False, crashes=9, crash_budget=3, warn_s=180, lost=["node003"])
     assert (decision.act, decision.cause) == ("requeue", "node_failure")
     assert "node003" in decision.reason
+
+
+def details(state: str, **more: object) -> JobDetails:
+    return JobDetails(state=state, **{"time_left_s": 50_000.0, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (details("COMPLETING", reason="TimeLimit", restarts=0), ("requeue", "timeout")),
+        (details("COMPLETING", time_left_s=-20.0, restarts=0), ("requeue", "timeout")),
+        (details("COMPLETING", restarts=1), ("release", "requeued")),
+        (
+            details("COMPLETING", reason="TimeLimit", restarts=1),
+            ("release", "requeued"),
+        ),  # our own requeue, already made
+        (details("COMPLETING", restarts=0), ("end", "user")),  # scancel
+    ],
+)
+def test_what_completing_means(said: JobDetails, expected: tuple[str, str]) -> None:
+    decision = decide(None, 137, said, False, 9, 3, 180.0)
+    assert (decision.act, decision.cause) == expected
+
+
+def test_a_start_that_dies_early_does_not_take_the_last_word_of_the_one_before() -> None:
+    def told(kind: str, attempt: int, **data: object) -> Event:
+        return Event(
+            time_utc=f"2026-01-01T00:00:0{attempt}.000Z", kind=kind, step=0, detail="", attempt=attempt, data=data
+        )
+
+    events = [told("started", 1, job_id="7", restart=0), told("stopped", 1), told("started", 2, job_id="7", restart=1)]
+    assert [e.kind for e in _of_this_start(events, "7", 0)] == ["started", "stopped"]
+    assert [e.attempt for e in _of_this_start(events, "7", 1)] == [2]
+    assert _of_this_start(events, "7", 2) == []
+    assert _of_this_start(events, "7", 0, frozenset({1})) == []
+
+
+def test_a_lost_node_is_no_requeue_where_the_allocation_goes_on() -> None:
+    assert decide(None, 1, job(), False, 9, 3, 180.0, lost=["node003"], elastic=True).act == "again"
+
+
+def test_refused_starts_are_counted_in_a_row() -> None:
+    refused = event("requeued", cause="unfit_node")
+    assert rejections_so_far([refused, event("started"), refused, refused]) == 2
+    assert rejections_so_far([refused, event("resumed_by_hand")]) == 0

@@ -28,6 +28,10 @@ def test_a_fit_node(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> N
     assert preflight.unfit(asked) == []
 
 
+def cards(*used_mib: int) -> str:
+    return "".join(f"{n}, GPU-{n}, 81559, {used}\\n" for n, used in enumerate(used_mib))
+
+
 def fake_nvidia_smi(folder: Path, output: str, code: int = 0) -> None:
     program = folder / "nvidia-smi"
     program.write_text(f"#!/bin/sh\nprintf '{output}'\nexit {code}\n")
@@ -41,14 +45,28 @@ def test_gpus_that_are_missing_or_in_use(
     assert preflight.unfit(asked) == ["gpus: Slurm gives 3 GPUs, asked for were 4"]
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     cuda = {**asked, "cuda": True}
-    fake_nvidia_smi(tmp_path, "81559, 5\\n" * 3)
+    fake_nvidia_smi(tmp_path, cards(5, 5, 5))
     assert preflight.gpus(cuda) == "3 GPUs answer, asked for were 4"
-    fake_nvidia_smi(tmp_path, "81559, 5\\n81559, 40000\\n81559, 5\\n81559, 5\\n")
+    fake_nvidia_smi(tmp_path, cards(5, 40000, 5, 5))
     assert preflight.gpus(cuda) == "the memory of GPU 1 is in use already"
     fake_nvidia_smi(tmp_path, "Unable to determine the device handle for GPU 0000:3B:00.0", 15)
     assert "Unable to determine" in str(preflight.gpus(cuda))
-    fake_nvidia_smi(tmp_path, "81559, 5\\n" * 4)
+    fake_nvidia_smi(tmp_path, cards(5, 5, 5, 5))
     assert preflight.gpus(cuda) is None
+
+
+def test_on_a_shared_node_only_the_jobs_own_gpus_are_asked(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_GPUS", "2,3")
+    two = {**asked, "cuda": True, "gpus_per_node": 2}
+    fake_nvidia_smi(tmp_path, cards(40000, 40000, 5, 5))
+    assert preflight.gpus(two) is None
+    fake_nvidia_smi(tmp_path, cards(5, 5, 5, 40000))
+    assert preflight.gpus(two) == "the memory of GPU 3 is in use already"
+    fake_nvidia_smi(tmp_path, cards(5, 5))  # cgroups show the job's own alone, numbered anew
+    assert preflight.gpus(two) is None
 
 
 def test_a_run_directory_that_is_not_there(asked: dict[str, Any]) -> None:

@@ -62,5 +62,5 @@ def test_python_in_the_job_does_not_look_into_the_folder_of_the_launch_first(tmp
     script = sbatch_script(
         JobRequest(name="r", entry="m:f", run_dir=str(tmp_path), cluster=cluster, code="/snapshot", token="t")
     )
-    assert script.index("export PYTHONSAFEPATH=1") < script.index("orchestrator.supervise begin")
-    assert script.index("export PYTHONPATH=/snapshot") < script.index("orchestrator.supervise begin")
+    assert script.index("export PYTHONSAFEPATH=1") < script.index("orchestrator.supervise")
+    assert script.index("export PYTHONPATH=/snapshot") < script.index("orchestrator.supervise")

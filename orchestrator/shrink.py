@@ -1,0 +1,64 @@
+"""On how many nodes a run can go on, and with which layout: the same global batch on fewer data-parallel ranks. Pure."""
+
+from dataclasses import replace
+
+from model.layout import Layout
+from slurm.request import ClusterConfig
+
+
+def shrunk(layout: Layout, gpus: int, batch_sequences: int) -> Layout:
+    """The layout on another number of GPUs; tp, pp and cp stay as they are. Replicas go first, then the shards are fewer.
+
+    Raises ValueError, with the numbers, where the GPUs or the batch do not divide.
+    """
+    if gpus == layout.gpus:
+        return layout
+    rest = layout.tp * layout.pp * layout.cp
+    if gpus < rest or gpus % rest:
+        raise ValueError(f"{gpus} GPUs do not divide by tp {layout.tp} x pp {layout.pp} x cp {layout.cp} = {rest}")
+    dp = gpus // rest
+    rows = dp * layout.microbatch_sequences
+    if batch_sequences % rows:
+        raise ValueError(
+            f"optim.batch_sequences={batch_sequences} does not divide into dp {dp} x layout.microbatch_sequences="
+            f"{layout.microbatch_sequences} = {rows} rows"
+        )
+    dp_shard = layout.dp_shard if dp % layout.dp_shard == 0 else dp
+    return replace(layout, dp_shard=dp_shard, dp_replicate=dp // dp_shard)
+
+
+def nodes_to_use(cluster: ClusterConfig, layout: Layout, batch_sequences: int, fit: int) -> int | None:
+    """Of `fit` nodes, how many the ranks get: all that the run wants, or the most with which it can go on and that
+    cluster.min_nodes allows; None where these are too few."""
+    if fit >= cluster.nodes:
+        return cluster.nodes
+    return next(iter(_smaller(cluster, layout, batch_sequences, fit)), None)
+
+
+def _smaller(cluster: ClusterConfig, layout: Layout, batch_sequences: int, most: int) -> list[int]:
+    """The numbers of nodes below cluster.nodes, up to `most`, that cluster.min_nodes allows and the batch divides by."""
+    found = []
+    for nodes in range(min(most, cluster.nodes - 1), (cluster.min_nodes or cluster.nodes) - 1, -1):
+        try:
+            shrunk(layout, nodes * cluster.gpus_per_node, batch_sequences)
+        except ValueError:
+            continue
+        found.append(nodes)
+    return found
+
+
+def problems(cluster: ClusterConfig, layout: Layout, batch_sequences: int) -> list[str]:
+    """Why cluster.min_nodes promises what can't be."""
+    least, nodes = cluster.min_nodes, cluster.nodes
+    if least is None or layout.is_open or least >= nodes or _smaller(cluster, layout, batch_sequences, nodes - 1):
+        return []
+    try:
+        shrunk(layout, (nodes - 1) * cluster.gpus_per_node, batch_sequences)
+        why = ""
+    except ValueError as error:
+        why = str(error)
+    return [
+        f"cluster.min_nodes={least}: with no number of nodes from {least} to {nodes - 1} can the run go on; "
+        f"with {nodes - 1}, {why}: lower cluster.min_nodes, choose another optim.batch_sequences or "
+        "layout.microbatch_sequences, or set cluster.min_nodes=null"
+    ]
