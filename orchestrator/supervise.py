@@ -255,6 +255,8 @@ class _Supervisor:
                 cause=why or "unfit_node", job_id=self.job_id, restart=self.restarts, without=gone, nodes=wanted, gpus=gpus,
             )  # fmt: skip
         options = [f"--nodes={wanted}", f"--ntasks={gpus}", f"--ntasks-per-node={spec.cluster.gpus_per_node}"]
+        if why:  # the step that lost a node holds its share of the other nodes until slurmctld hears of that node again
+            options.append("--overlap")
         return [*options, f"--nodelist={','.join(fit[:wanted])}"] if wanted < len(nodes) else options
 
     def _preflight(self, spec: specs.RunSpec, nodes: Sequence[str]) -> dict[str, list[str]]:

@@ -135,7 +135,8 @@ def is_known(job_id: str) -> bool | None:
     code, out, error = call("scontrol", "show", "job", job_id, "--oneliner")
     if code == 0:
         return parse_details(out).state in LIVE
-    return False if "Invalid job id" in error else None
+    # Of an array it still holds, a task cancelled in the queue is "not found", told on the standard output.
+    return False if "Invalid job id" in error or re.search(r"not found", out + error) else None
 
 
 def lost_among(nodes: Sequence[str]) -> dict[str, str]:

@@ -166,6 +166,26 @@ def test_a_node_that_dies_is_told_and_the_run_goes_on_elsewhere(
     runs.cluster.start_node(lost)
 
 
+@pytest.mark.parametrize(("more", "ranks"), [("cluster.spare_nodes=1", 2), ("cluster.min_nodes=1", 1)])
+def test_a_lost_node_is_no_requeue_with_a_spare_or_where_fewer_are_allowed(
+    runs: Runs, undisturbed: dict[int, tuple[float, float]], more: str, ranks: int
+) -> None:
+    name = more.split("=")[0].split(".")[1]
+    job = runs.launch(name, more, "steps=80", f"cluster.exclude='{ITS_NODES}'", faults=(SLOW,))
+    runs.wait(name, lambda: runs.step(name) >= 40)
+    lost = expand_hostlist(runs.events(name, "started")[0].data["node_list"])[-1]
+    runs.cluster.kill_node(lost)
+    runs.wait_finished(name)
+    assert runs.causes(name) == []
+    (restarted,) = runs.events(name, "restarted")
+    assert (restarted.data["cause"], restarted.data["without"]) == ("node_failure", [lost])
+    again = runs.events(name, "started")[1].data
+    assert (again["job_id"], again["restart"], again["gpus"]) == (job, 0, ranks)
+    assert lost not in expand_hostlist(again["node_list"])
+    runs.cluster.start_node(lost)
+    run_dir(runs.workplace, name).lemons.unlink(missing_ok=True)
+
+
 def test_an_unfit_node_is_found_before_the_ranks_start_left_out_and_remembered(
     runs: Runs, undisturbed: dict[int, tuple[float, float]]
 ) -> None:

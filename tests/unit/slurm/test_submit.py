@@ -47,8 +47,12 @@ def test_an_empty_list_does_not_prove_that_a_job_is_gone(
 
 @pytest.mark.parametrize(
     "scontrol",
-    ["echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "echo JobId=7 JobState=COMPLETED"],
-    ids=["forgotten", "ended"],
+    [
+        "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
+        "echo JobId=7 JobState=COMPLETED",
+        "echo Job 7 not found; exit 1",
+    ],
+    ids=["forgotten", "ended", "a task cancelled in the queue"],
 )
 def test_a_job_that_slurmctld_says_is_over_makes_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scontrol: str
