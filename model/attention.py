@@ -6,8 +6,11 @@ B batch, T tokens, N heads, H head size.
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 # In order of preference. FLASH is FlashAttention on CUDA and the fused blockwise kernel on CPU. The unfused MATH backend
@@ -15,11 +18,58 @@ from torch.nn.functional import scaled_dot_product_attention
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
-def causal_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v over the tokens up to each one's own: [B, T, N, H]."""
+class ContextParallel:
+    """Ranks that share each row's tokens. A row is cut into 2 `size` chunks; rank r holds chunks r and 2 size - 1 - r, so that
+    all have as many keys to look at. Keys and values are gathered, queries stay (Llama 3, arXiv 2407.21783, section 3.3.2).
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        return self.rank, 2 * self.size - 1 - self.rank
+
+    def positions(self, tokens: int) -> Tensor:
+        """Where this rank's tokens stand in a row of `tokens`: [tokens / size]."""
+        assert tokens % (2 * self.size) == 0
+        return torch.arange(tokens).view(2 * self.size, -1)[list(self.chunks)].flatten()
+
+    def take(self, x_BT: Tensor) -> Tensor:
+        """This rank's tokens of whole rows."""
+        return x_BT[:, self.positions(x_BT.shape[1])]
+
+    def gather(self, x_BT: Tensor) -> Tensor:
+        """Whole rows, in order, from every rank's tokens (dimension 1). The gradient is summed over the ranks."""
+        gather = all_gather_tensor_autograd if torch.is_grad_enabled() else all_gather_tensor
+        parts = gather(x_BT.contiguous(), 0, self.group).chunk(self.size)
+        firsts, seconds = zip(*(p.chunk(2, dim=1) for p in parts), strict=True)
+        return torch.cat([*firsts, *reversed(seconds)], dim=1)
+
+
+def causal_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, context: ContextParallel | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v over the tokens up to each one's own: [B, T, N, H]; with `context`, of this rank's tokens."""
+    if context is None:
+        return _attend(q_BTNH, k_BTNH, v_BTNH)
+    keys, values = context.gather(torch.cat([k_BTNH, v_BTNH], dim=-1)).chunk(2, dim=-1)
+    length = q_BTNH.shape[1] // 2
+    outs = []
+    for chunk, q in zip(context.chunks, q_BTNH.chunk(2, dim=1), strict=True):
+        end = (chunk + 1) * length
+        outs.append(_attend(q, keys[:, :end], values[:, :end]))
+    return torch.cat(outs, dim=1)
+
+
+def _attend(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
+    """Causal, where the last query stands at the last key."""
+    queries, keys = q_BTNH.shape[1], k_BTNH.shape[1]
     with sdpa_kernel(FUSED, set_priority=True):
         out_BNTH = scaled_dot_product_attention(
-            q_BTNH.transpose(1, 2), k_BTNH.transpose(1, 2), v_BTNH.transpose(1, 2), is_causal=True
+            q_BTNH.transpose(1, 2),
+            k_BTNH.transpose(1, 2),
+            v_BTNH.transpose(1, 2),
+            attn_mask=None if queries == keys else causal_lower_right(queries, keys),
+            is_causal=queries == keys,
         )
     return out_BNTH.transpose(1, 2)
 

@@ -6,12 +6,13 @@ import torch.distributed as dist
 
 from model.data.loader import Loader
 from model.parallel import Ranks
+from model.pipeline import Pipeline
 from model.transformer import Transformer
 
 
 @torch.no_grad()
 def held_out_losses(
-    model: Transformer, loader: Loader, ranks: Ranks, rows_per_source: int, microbatch: int
+    model: Transformer | Pipeline, loader: Loader, ranks: Ranks, rows_per_source: int, microbatch: int
 ) -> dict[str, float]:
     """Mean nats per token of each source that has held-out rows. Every rank takes its share and ends with all the means.
 
@@ -35,8 +36,8 @@ def held_out_losses(
             loss = model(row[:, :-1], row[:, 1:])
             if i < len(owner):
                 sums[0, owner[i]] += loss.double().cpu()
-                sums[1, owner[i]] += row.shape[1] - 1
-    if dist.is_initialized() and ranks.dp > 1:
+                sums[1, owner[i]] += (row.shape[1] - 1) / ranks.cp  # context parallel ranks return parts of the loss
+    if ranks.mesh is not None:
         on_device = sums.to(ranks.device)
         dist.all_reduce(on_device)
         sums = on_device.cpu()

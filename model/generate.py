@@ -2,12 +2,13 @@
 
 import torch
 
+from model.pipeline import Pipeline
 from model.transformer import Transformer
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: Transformer | Pipeline,
     prompt: list[int],
     new_tokens: int,
     device: torch.device,
@@ -21,7 +22,8 @@ def generate(
     tokens = list(prompt)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(new_tokens):
-        context = torch.tensor([tokens[-model.config.sequence_length :]], device=device)
-        logits = model(context)[0, -1].float().cpu()
+        context = tokens[-model.config.sequence_length :]
+        padding = [0] * (-len(context) % model.row_multiple)  # no token sees what comes after it
+        logits = model(torch.tensor([context + padding], device=device))[0, len(context) - 1].float().cpu()
         tokens.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
     return tokens

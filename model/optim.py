@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -34,10 +35,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients over all ranks, before clipping: a scalar tensor, the same on every rank."""
+def global_grad_norm(parameters: Iterable[nn.Parameter], stages: dist.ProcessGroup | None = None) -> Tensor:
+    """The 2-norm of all gradients over all ranks, before clipping: a scalar tensor, the same on every rank. DTensors know the
+    ranks that share them; `stages` are the ranks of a pipeline, whose parameters are others."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if stages is not None:
+        square = norm.square()
+        dist.all_reduce(square, group=stages)
+        norm = square.sqrt()
+    return norm
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:

@@ -20,7 +20,8 @@ from model.data.mixture import Skip
 from model.evaluate import held_out_losses
 from model.layout import Layout
 from model.optim import clip_gradients, global_grad_norm, learning_rate, make_optimizer, set_learning_rate
-from model.parallel import Ranks, average_gradients_only_on_last, build_model
+from model.parallel import Ranks, build_model, forward_backward
+from model.pipeline import Pipeline
 from model.transformer import Transformer
 
 Share = tuple[float, float]
@@ -91,12 +92,16 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.loader, self.store = config, ranks, loader, store
         self.recorder, self.stop_requested, self.watch, self.node = recorder, stop_requested, watch, node
-        self.model: Transformer = build_model(config.model, config.layout, ranks, config.compute_dtype, config.seed)
+        self.model: Transformer | Pipeline = build_model(
+            config.model, config.layout, ranks, config.compute_dtype, config.seed
+        )
         self.optimizer = make_optimizer(self.model, config.optim)
         self.step = 0  # optimizer steps done
         self.share: Share = (0.0, 0.0)  # of the step computed last
         self._embedding_grad = torch.zeros((), device=ranks.device)
-        self.model.embedding.register_forward_hook(self._watch_embedding_grad)
+        for module in self.model.modules():  # none on the later stages of a pipeline
+            if isinstance(module, torch.nn.Embedding):
+                module.register_forward_hook(self._watch_embedding_grad)
 
     @property
     def batch_tokens(self) -> int:
@@ -152,20 +157,16 @@ class Trainer:
         """
         self.optimizer.zero_grad()
         self._embedding_grad.zero_()
-        size = self.config.layout.microbatch_sequences
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for start in range(0, len(rows_BT), size):
-            average_gradients_only_on_last(self.model, start + size >= len(rows_BT))
-            rows = rows_BT[start : start + size].to(self.ranks.device, non_blocking=True)
-            loss = self.model(rows[:, :-1], rows[:, 1:])
-            # FSDP2 averages gradients over the data-parallel ranks: times dp makes it the sum over the global batch.
-            (loss * (self.ranks.dp / self.batch_tokens)).backward()
-            loss_sum += loss.detach()
+        rows_BT = rows_BT.to(self.ranks.device, non_blocking=True)
+        # FSDP2 averages gradients over the ranks with other tokens: times their number makes it the sum over the global batch.
+        scale = self.ranks.dp * self.ranks.cp / self.batch_tokens
+        loss_sum = forward_backward(self.model, rows_BT, self.config.layout.microbatch_sequences, scale)
         own = torch.stack([loss_sum, self._embedding_grad.to(loss_sum.dtype)])
-        grad_norm = global_grad_norm(self.model.parameters())
+        stages = self.model.group if isinstance(self.model, Pipeline) else None
+        grad_norm = global_grad_norm(self.model.parameters(), stages)
         said = torch.tensor([self.stop_requested(), self.store.retry_due], dtype=loss_sum.dtype, device=loss_sum.device)
-        agreed = torch.cat([loss_sum[None], said])
-        if self.ranks.dp > 1:
+        agreed = torch.cat([loss_sum[None] / self.ranks.tp, said])
+        if self.ranks.mesh is not None:
             dist.all_reduce(agreed)
         total, stops, retries = agreed.tolist()
         self.share = tuple(own.tolist())
@@ -186,7 +187,7 @@ class Trainer:
         first = self.share
         loss, grad_norm, _, _ = self.forward_backward(rows_BT)
         by_rank: list[tuple[Share, Share, str]] = [(first, self.share, self.node)]
-        if self.ranks.dp > 1:
+        if self.ranks.mesh is not None:
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, by_rank[0])
             by_rank = gathered
@@ -289,7 +290,7 @@ class Trainer:
         self.loader.skips = [Skip(first, end) for first, end in self.watch.skips]
 
 
-def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def training_state(model: Transformer | Pipeline, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Parameters and AdamW's moments by name: the live tensors (DTensors where sharded), to save or to load in place.
 
     What is computed from the step (learning rate, data) or stands in the configuration is not state.

@@ -7,21 +7,16 @@ autocast and FSDP2 (which hands in bf16 parameters already) computes the same.
 
 import hashlib
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
 
-from model.attention import causal_attention
+from model.attention import ContextParallel, causal_attention
 from model.config import ModelConfig
+from model.loss import chunked_cross_entropy
+from model.recompute import recomputing
 from model.rope import apply_rope, rope_table
 
 
@@ -53,13 +48,16 @@ class Attention(nn.Module):
         self.wk = Linear(config.dim, config.dim)
         self.wv = Linear(config.dim, config.dim)
         self.wo = Linear(config.dim, config.dim)
+        self.context: ContextParallel | None = None  # where ranks share a row's tokens
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        if self.context:
+            rope = rope[:, self.context.positions(x_BTD.shape[1] * self.context.size)]
         heads = (*x_BTD.shape[:2], -1, self.head_dim)  # -1: a tensor parallel rank holds a share of the heads
         q_BTNH = apply_rope(self.wq(x_BTD).view(heads), rope)
         k_BTNH = apply_rope(self.wk(x_BTD).view(heads), rope)
         v_BTNH = self.wv(x_BTD).view(heads)
-        return self.wo(causal_attention(q_BTNH, k_BTNH, v_BTNH).flatten(2))
+        return self.wo(causal_attention(q_BTNH, k_BTNH, v_BTNH, self.context).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -75,27 +73,9 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
 
 
-_aten = torch.ops.aten
-_EXPENSIVE = frozenset(  # what the paper keeps (section 2.4): outputs of linear layers, and of attention
-    {
-        _aten.mm.default,
-        _aten.addmm.default,
-        _aten.bmm.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
-
-
-def _keep_expensive(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
-        """`recompute`: what the backward pass computes again: none; selective (all but `_EXPENSIVE`); full (the block)."""
+        """`recompute`: what the backward pass computes again: none | selective | full (model/recompute.py)."""
         super().__init__()
         self.recompute = recompute
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
@@ -104,50 +84,89 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.compute(x_BTD, rope)
-        selective = partial(create_selective_checkpoint_contexts, _keep_expensive)
-        context_fn = selective if self.recompute == "selective" else noop_context_fn
-        return checkpoint(
-            self.compute, x_BTD, rope, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn
-        )
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        if recompute == "full":
+            return recomputing(self.compute, x_BTD, rope)
+        if recompute == "selective":
+            x_BTD = x_BTD + recomputing(self.attend, x_BTD, rope, keep_products=3)
+            return x_BTD + recomputing(self.feed, x_BTD, keep_products=2)
+        return self.compute(x_BTD, rope)
 
     def compute(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        x_BTD = x_BTD + self.attend(x_BTD, rope)
+        return x_BTD + self.feed(x_BTD)
+
+    def attend(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        return self.attention(self.attention_norm(x_BTD), rope)
+
+    def feed(self, x_BTD: Tensor) -> Tensor:
+        return self.ffn(self.ffn_norm(x_BTD))
 
 
 class Transformer(nn.Module):
+    """The model, or a stage of a pipeline: `layers` of it. The first embeds, the last has norm and output; parameters keep
+    their names. Where ranks share rows (model/parallel.py), each has some tokens of the residual stream: [B, T / row_shares, D].
+    """
+
     rope: Tensor
 
-    """Tokens [B, T] to the last hidden states [B, T, D], normed; `output` makes them logits (model/loss.py does, in chunks)."""
-
     def __init__(
-        self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, recompute: str = "none"
+        self,
+        config: ModelConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
+        layers: range | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size)
+        layers = range(config.n_layers) if layers is None else layers
+        self.is_first, self.is_last = layers.start == 0, layers.stop == config.n_layers
+        self.context: ContextParallel | None = None
+        self.row_shares = 1  # ranks that share a row's tokens
+        self.row_multiple = 1  # the tokens of a row divide by it
+        if self.is_first:
+            self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleDict({str(i): Block(config, recompute) for i in layers})
+        if self.is_last:
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.output = Linear(config.dim, config.vocab_size)
         self.register_buffer("rope", torch.empty(2, config.sequence_length, config.head_dim // 2), persistent=False)
+
+    def share_rows(self, context: ContextParallel | None, tp: int) -> None:
+        """Says which ranks have the other tokens of this one's rows: context parallel, and `tp` tensor parallel ones."""
+        self.context = context
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.context = context
+        self.row_shares = tp * (context.size if context else 1)
+        self.row_multiple = self.row_shares * (2 if context else 1)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits [B, T, V]; with `targets_BT`, the summed next-token loss in nats (scalar, fp32) without all logits at once.
 
-        Targets below 0 are not counted.
+        Targets below 0 are not counted. A later stage takes hidden states for tokens; all but the last return them.
+        Context parallel ranks return the loss of their tokens; tensor parallel ranks all return the whole.
         """
-        from model.loss import chunked_cross_entropy
-
-        x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
-        for layer in self.layers:
+        x_BTD = tokens_BT
+        if self.is_first:
+            tokens_BT = self.context.take(tokens_BT) if self.context else tokens_BT
+            x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
+        for layer in self.layers.values():
             x_BTD = layer(x_BTD, self.rope)
+        if not self.is_last:
+            return x_BTD
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
-            return self.output(x_BTD)
-        return chunked_cross_entropy(x_BTD.flatten(0, 1), self.output.weight.to(x_BTD.dtype), targets_BT.flatten())
+            logits = self.output(x_BTD)
+            return self.context.gather(logits) if self.context else logits
+        targets_BT = self.context.take(targets_BT) if self.context else targets_BT
+        weight_VD, group = self.output.weight.to(x_BTD.dtype), None
+        if isinstance(weight_VD, DTensor):  # tensor parallel: each rank has some of the vocabulary, and all tokens here
+            group = weight_VD.device_mesh.get_group()
+            weight_VD = weight_VD.to_local()
+            x_BTD = x_BTD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        return chunked_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), group)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -159,7 +178,7 @@ class Transformer(nn.Module):
             rope_table(self.config.sequence_length, self.config.head_dim, self.config.rope_theta, self.rope.device)
         )
         for name, parameter in self.named_parameters():
-            name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+            name = name.replace("_orig_mod.", "")
             if "norm" in name:
                 parameter.fill_(1.0)
                 continue
