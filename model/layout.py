@@ -43,11 +43,7 @@ class Layout:
 
     def not_built(self) -> list[str]:
         """What the trainer can't run yet. The plan and the rehearsal know them all the same."""
-        found = [
-            f"layout.{degree}={n}: the trainer computes data-parallel layouts only so far: set layout.{degree}=1"
-            for degree, n in (("tp", self.tp), ("pp", self.pp), ("cp", self.cp))
-            if n > 1
-        ]
+        found = []
         if self.recompute == "auto":
             found.append(
                 "layout.recompute=auto: the trainer can't choose: take what `arriero plan` prints (none, selective or full)"
@@ -90,7 +86,6 @@ class Layout:
             ("tp", "ffn_dim", model.ffn_dim),
             ("tp", "vocab_size", model.vocab_size),
             ("tp", "sequence_length", model.sequence_length),
-            ("cp", "sequence_length", model.sequence_length),
         ):
             n = getattr(self, degree)
             if size % n:
@@ -100,16 +95,27 @@ class Layout:
                 f"layout.tp={self.tp} is wider than a node of {gpus_per_node} GPUs: tensor parallelism needs the "
                 f"node's own links, set layout.tp<={gpus_per_node}"
             )
+        shares = self.tp * self.cp * (2 if self.cp > 1 else 1)  # context parallel ranks have two chunks of a row each
+        if self.cp > 1 and model.sequence_length % shares:
+            found.append(
+                f"model.sequence_length={model.sequence_length} does not divide by {shares} (layout.tp={self.tp} x "
+                f"2 layout.cp={self.cp}): choose a multiple of {shares}"
+            )
         stages = self.pp * self.virtual_stages
         if stages > model.n_layers:
             found.append(
                 f"layout.pp={self.pp} x layout.virtual_stages={self.virtual_stages} for "
                 f"model.n_layers={model.n_layers}: their product must be at most {model.n_layers}"
             )
-        if self.virtual_stages > 1 and (self.pipeline_schedule != "interleaved_1f1b" or self.pp == 1):
+        if self.virtual_stages > 1 and (self.pipeline_schedule == "1f1b" or self.pp == 1):
             found.append(
                 f"layout.virtual_stages={self.virtual_stages} is of interleaved pipelines: set "
                 f"layout.pipeline_schedule=interleaved_1f1b and layout.pp>1, or layout.virtual_stages=1"
+            )
+        if self.pp > 1 and self.pipeline_schedule == "zero_bubble" and self.recompute != "none":
+            found.append(
+                f"layout.recompute={self.recompute} with layout.pipeline_schedule=zero_bubble: its backward pass goes over "
+                f"each layer twice, which recomputation forbids: set layout.recompute=none, or another schedule"
             )
         rows = self.dp * self.microbatch_sequences
         if batch_sequences % rows:
@@ -118,4 +124,12 @@ class Layout:
                 f"layout.microbatch_sequences={self.microbatch_sequences} = {rows} rows: "
                 f"set optim.batch_sequences={max(1, round(batch_sequences / rows)) * rows}"
             )
+        elif self.pp > 1:
+            microbatches = batch_sequences // rows
+            rounds = max(1, microbatches // self.pp)
+            if microbatches < self.pp or (self.pipeline_schedule != "1f1b" and microbatches % rounds):
+                found.append(
+                    f"optim.batch_sequences={batch_sequences} makes {microbatches} microbatches for layout.pp={self.pp} "
+                    f"stages: set optim.batch_sequences={rounds * self.pp * rows}"
+                )
         return found

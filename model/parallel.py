@@ -51,7 +51,7 @@ def place_ranks(layout: Layout, device: torch.device) -> Ranks:
     shards = layout.dp_shard * layout.cp
     names = ("pp", "dp_replicate", "fsdp", "tp")
     mesh = init_device_mesh(device.type, (layout.pp, layout.dp_replicate, shards, layout.tp), mesh_dim_names=names)
-    if shards > 1 and layout.tp > 1:
+    if layout.tp > 1:
         mesh["fsdp", "tp"]._flatten()  # the gradient norm is then summed over both in one go
     _, replica, shard, _ = mesh.get_coordinate() or (0, 0, 0, 0)
     context = None

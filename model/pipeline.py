@@ -5,6 +5,7 @@ parameters are those of the whole model, so that checkpoints do not know of pipe
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def stage_layers(n_layers: int, pp: int, virtual_stages: int = 1) -> list[range]
     stages = pp * virtual_stages
     fewest, more = divmod(n_layers, stages)
     starts = [s * fewest + min(s, more) for s in range(stages + 1)]
-    return [range(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    return [range(start, end) for start, end in pairwise(starts)]
 
 
 class Pipeline(nn.Module):
@@ -100,7 +101,7 @@ class Pipeline(nn.Module):
     def _make_schedule(self, rows_BT: Tensor) -> Any:
         size, tokens = self.layout.microbatch_sequences, rows_BT.shape[1] - 1
         hidden, loss = self._hidden(size, tokens).requires_grad_(), torch.empty((), device=self.device).requires_grad_()
-        stages = []
+        stages: list[Any] = []
         for number, part in enumerate(self.parts):
             index = number * self.layout.pp + self.group.rank()
             stages.append(

@@ -107,7 +107,7 @@ class FaultyTrainer(Trainer):
         if self._strikes("nan", self.step + 1):
             hook = self.model.register_forward_hook(lambda module, inputs, loss: loss * float("nan"))
         elif self._strikes("nan_grad", self.step + 1):
-            hook = self.model.norm.register_full_backward_pre_hook(_not_a_number)
+            hook = self.model.get_submodule("norm").register_full_backward_pre_hook(_not_a_number)
         else:
             return super().forward_backward(rows_BT)
         try:

@@ -1,0 +1,96 @@
+"""Every way to lay the model over ranks computes what one rank computes, and reads the others' checkpoints. fp32, gloo."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_faults import make_store, run_ranks
+
+from model.config import ModelConfig, OptimConfig
+from model.layout import Layout
+from model.optim import clip_gradients, global_grad_norm, make_optimizer
+from model.parallel import build_model, forward_backward, place_ranks
+from model.pipeline import Pipeline
+from model.train import training_state
+
+warnings.filterwarnings("ignore", module="torch")
+pytestmark = pytest.mark.slow
+
+MODEL = ModelConfig(name="t", dim=32, n_layers=4, n_heads=4, ffn_dim=64, vocab_size=96, sequence_length=32)
+OPTIM = OptimConfig(name="t", lr=1e-2, warmup_steps=0, batch_sequences=8)
+ONE = Layout(name="one", microbatch_sequences=2)
+LAYOUTS = {
+    "fsdp": {"dp_shard": 2},
+    "hsdp": {"dp_shard": 2, "dp_replicate": 2},
+    "tp": {"tp": 2, "recompute": "selective"},
+    "cp": {"cp": 2},
+    "pp": {"pp": 2},
+    "interleaved": {"pp": 2, "virtual_stages": 2, "pipeline_schedule": "interleaved_1f1b", "recompute": "full"},
+    "zero_bubble": {"pp": 2, "pipeline_schedule": "zero_bubble"},
+    "dp x tp": {"dp_shard": 2, "tp": 2},
+    "dp x pp": {"dp_shard": 2, "pp": 2},
+    "tp x pp": {"tp": 2, "pp": 2, "recompute": "selective"},
+    "dp x tp x pp": {"dp_shard": 2, "tp": 2, "pp": 2},
+}
+
+
+def train(rank: int, layout: Layout, first: int, steps: int, folder: str | None) -> list[tuple[float, float, float]]:
+    """Loss, gradient norm and, after the update, loss of evaluation of each step; resumes from and saves to `folder`."""
+    ranks = place_ranks(layout, torch.device("cpu"))
+    model = build_model(MODEL, layout, ranks, torch.float32, seed=3)
+    optimizer = make_optimizer(model, OPTIM)
+    store = make_store(folder) if folder else None
+    if store:
+        loaded = store.load_latest(training_state(model, optimizer))
+        assert (loaded.step if loaded else 0) == first
+    found = []
+    for step in range(first, first + steps):
+        rows = torch.randint(0, 96, (8, 33), generator=torch.Generator().manual_seed(step))
+        mine = rows.chunk(ranks.dp)[ranks.dp_rank]
+        optimizer.zero_grad()
+        total = forward_backward(model, mine, layout.microbatch_sequences, ranks.dp * ranks.cp / (8 * 32)) / ranks.tp
+        norm = global_grad_norm(model.parameters(), model.group if isinstance(model, Pipeline) else None)
+        clip_gradients(model.parameters(), 0.5, norm)
+        optimizer.step()
+        with torch.no_grad():
+            seen = model(rows[:2, :-1], rows[:2, 1:]).double()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        if ranks.context:
+            dist.all_reduce(seen, group=ranks.context.group)
+        found.append((total.item() / 256, norm.item(), seen.item() / 64))
+    if store:
+        store.save(first + steps, training_state(model, optimizer), {}, wait=True)
+    return found
+
+
+def laid(**degrees: Any) -> Layout:
+    return Layout(name="t", **degrees)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_ranks(train, 1, tmp_path_factory.mktemp("one"), ONE, 0, 3, None)[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_and_gradient_norm_of_three_steps_are_those_of_one_rank(name: str, one_rank: Any, tmp_path: Path) -> None:
+    layout = laid(**LAYOUTS[name])
+    assert layout.problems(MODEL, 8, layout.gpus, layout.gpus) == []
+    for found in run_ranks(train, layout.gpus, tmp_path, layout, 0, 3, None, timeout_s=150):
+        for step, expected in zip(found, one_rank, strict=True):
+            assert step == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_moves_through_layouts_and_back_to_one_rank(one_rank: Any, tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoints")
+    found = []
+    for step, layout in enumerate([laid(tp=2), laid(dp_shard=2, tp=2), laid(pp=2)]):
+        found += run_ranks(train, layout.gpus, tmp_path, layout, step, 1, folder, timeout_s=150)[0]
+    assert found == [pytest.approx(expected, rel=1e-5) for expected in one_rank]
+    again = run_ranks(train, 1, tmp_path, ONE, 3, 1, folder)[0]
+    straight = run_ranks(train, 1, tmp_path, ONE, 0, 4, None)[0]
+    assert again == [pytest.approx(straight[3], rel=1e-5)]
