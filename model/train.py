@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from model.checkpoint.policy import CheckpointConfig, should_save
 from model.checkpoint.store import CheckpointError, CheckpointStore
@@ -295,6 +296,9 @@ def training_state(model: Transformer | Pipeline, optimizer: torch.optim.Optimiz
 
     What is computed from the step (learning rate, data) or stands in the configuration is not state.
     """
+    for module in model.modules():  # an evaluation leaves parameters gathered, and the optimizer knows the shards
+        if isinstance(module, FSDPModule):
+            module.reshard()
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
