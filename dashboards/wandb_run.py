@@ -18,7 +18,9 @@ FINISH_S = 600.0  # to hand over what is left; a server that takes longer is giv
 ALERTS = {  # event -> W&B's level
     "spike": "WARN",
     "rewound": "WARN",
-    "withheld": "WARN",
+    "recomputed": "WARN",
+    "rewind_dropped": "WARN",
+    "recovered": "INFO",
     "save_failed": "ERROR",
     "passed_over": "WARN",
     "resumed": "INFO",
@@ -101,10 +103,14 @@ class WandbRun:
         """Steps grow from call to call: W&B takes no step twice."""
         self._run.log({"step": step, **figures}, step=step, commit=True)
 
-    def alert(self, kind: str, step: int, detail: str) -> None:
+    def alert(self, kind: str, step: int, detail: str, data: Mapping[str, Any]) -> None:
         """An event as an alert, where W&B sends such. Kinds that nobody needs to hear of are left out."""
         if level := ALERTS.get(kind):
-            self._run.alert(title=f"{kind} at step {step}", text=detail[:1000], level=level)
+            act = data.get("act")
+            what = f"{kind}: {act}" if act else kind
+            level = "ERROR" if act == "stop" else level
+            # W&B drops an alert of the same title within a minute: three batches skipped at one step are three alerts.
+            self._run.alert(title=f"{what} at step {step}", text=detail[:1000], level=level, wait_duration=0.001)
 
     def summarize(self, figures: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(figures))

@@ -25,9 +25,10 @@ from model.parallel import Ranks, build_model, forward_backward
 from model.pipeline import Pipeline
 from model.transformer import Transformer
 
-Share = tuple[float, float]
-"""What one rank alone has computed of a step, before anything is summed over ranks: its sum of losses, and the sum of absolute
-values of its gradient at the embedding, the end of its backward pass. A fault in one rank's arithmetic shows in its own share."""
+Share = tuple[float, ...]
+"""What one rank has computed of a step, in the order in which it is computed: the sums of absolute values of what each stage of
+the model returns (the last one the loss), then, from the last stage back, of the gradient at its beginning; 0 for a stage of
+another rank. All but pipelines have one stage. Where two computations differ first, there the fault is."""
 
 
 class SpikeWatch(Protocol):
@@ -98,11 +99,11 @@ class Trainer:
         )
         self.optimizer = make_optimizer(self.model, config.optim)
         self.step = 0  # optimizer steps done
-        self.share: Share = (0.0, 0.0)  # of the step computed last
-        self._embedding_grad = torch.zeros((), device=ranks.device)
-        for module in self.model.modules():  # none on the later stages of a pipeline
-            if isinstance(module, torch.nn.Embedding):
-                module.register_forward_hook(self._watch_embedding_grad)
+        self.share: Share = ()  # of the step computed last
+        pipeline = self.model if isinstance(self.model, Pipeline) else None
+        self._share_sums = torch.zeros(2 * (pipeline.n_stages if pipeline else 1), device=ranks.device)
+        for number, part in enumerate(pipeline.parts if pipeline else [self.model]):
+            self._watch_share(part, number * config.layout.pp + pipeline.group.rank() if pipeline else 0)
 
     @property
     def batch_tokens(self) -> int:
@@ -157,12 +158,11 @@ class Trainer:
         rank's failed save is to be tried again: all the same on every rank.
         """
         self.optimizer.zero_grad()
-        self._embedding_grad.zero_()
+        self._share_sums.zero_()
         rows_BT = rows_BT.to(self.ranks.device, non_blocking=True)
         # FSDP2 averages gradients over the ranks with other tokens: times their number makes it the sum over the global batch.
         scale = self.ranks.dp * self.ranks.cp / self.batch_tokens
         loss_sum = forward_backward(self.model, rows_BT, self.config.layout.microbatch_sequences, scale)
-        own = torch.stack([loss_sum, self._embedding_grad.to(loss_sum.dtype)])
         stages = self.model.group if isinstance(self.model, Pipeline) else None
         grad_norm = global_grad_norm(self.model.parameters(), stages)
         said = torch.tensor([self.stop_requested(), self.store.retry_due], dtype=loss_sum.dtype, device=loss_sum.device)
@@ -170,15 +170,28 @@ class Trainer:
         if self.ranks.mesh is not None:
             dist.all_reduce(agreed)
         total, stops, retries = agreed.tolist()
-        self.share = tuple(own.tolist())
+        self.share = tuple(self._share_sums.tolist())
         return total / self.batch_tokens, grad_norm, stops > 0, retries > 0
 
-    def _watch_embedding_grad(self, module: object, inputs: object, x_BTD: Tensor) -> None:
-        if x_BTD.requires_grad:
-            x_BTD.register_hook(self._add_embedding_grad)
+    def _watch_share(self, part: torch.nn.Module, stage: int) -> None:
+        """Has a stage's own part of `share` summed up with every microbatch that it trains on."""
 
-    def _add_embedding_grad(self, grad_BTD: Tensor) -> None:
-        self._embedding_grad += grad_BTD.abs().sum(dtype=torch.float32)
+        def add(place: int, values: Tensor) -> None:
+            self._share_sums[place] += values.detach().abs().sum(dtype=torch.float32)
+
+        def begun(module: object, inputs: tuple[Tensor, ...], begin: Tensor) -> None:
+            if begin.requires_grad:  # not in an evaluation
+                begin.register_hook(lambda grad: add(-1 - stage, grad))
+
+        def ended(module: object, inputs: tuple[Tensor, ...], end: Tensor) -> None:
+            if end.requires_grad:
+                add(stage, end)
+                if stage > 0:
+                    begun(module, inputs, inputs[0])
+
+        part.register_forward_hook(ended)
+        if stage == 0:
+            part.get_submodule("embedding").register_forward_hook(begun)
 
     def compute_again(self, rows_BT: Tensor) -> tuple[str, float, Tensor]:
         """A withheld step once more, from the same weights and rows: bad data gives the same again, a hardware fault does not.

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.train import Trainer
+from model.transformer import Block
 
 # kind -> what strikes; `step` is the step that is about to be trained, or being saved, evaluated or left by a rewind
 KINDS = {
@@ -29,8 +30,8 @@ KINDS = {
     "usr2": "SIGUSR2 before the step, as Slurm's warning",
     "gil": "holds the interpreter's lock before the step, in C code that never returns",
     "slow": "sleeps `seconds` before each step from there on",
-    "nan": "the rank's loss becomes NaN, in one computation",
-    "nan_grad": "a NaN is born in the rank's backward pass, in one computation",
+    "nan": "the rank's last layer returns NaN, in one computation",
+    "nan_grad": "the gradient of the rank's last layer becomes NaN, in one computation",
     "poison": "`batches` of the data are random tokens",
     "kill_in_commit": "SIGKILL when all is written and before the checkpoint is committed",
     "kill_in_rewind": "SIGKILL after the verdict is on disk and before the checkpoint is loaded",
@@ -45,6 +46,17 @@ _SIGNALS = {
     "term": signal.SIGTERM,
     "usr2": signal.SIGUSR2,
 }
+
+
+def _nan(module: object, inputs: object, x_BTD: Tensor) -> Tensor:
+    return x_BTD * float("nan")
+
+
+def _nan_grad(module: object, inputs: object, x_BTD: Tensor) -> None:
+    x_BTD.register_hook(lambda grad_BTD: grad_BTD * float("nan"))  # type: ignore[no-untyped-call]
+
+
+_ARITHMETIC = {"nan": _nan, "nan_grad": _nan_grad}
 
 
 @dataclass(kw_only=True)
@@ -104,12 +116,11 @@ class FaultyTrainer(Trainer):
         return tokens[self.ranks.dp_rank * len(rows_BT) :][: len(rows_BT)]
 
     def forward_backward(self, rows_BT: Tensor) -> tuple[float, Tensor, bool, bool]:
-        if self._strikes("nan", self.step + 1):
-            hook = self.model.register_forward_hook(lambda module, inputs, loss: loss * float("nan"))
-        elif self._strikes("nan_grad", self.step + 1):
-            hook = self.model.get_submodule("norm").register_full_backward_pre_hook(_not_a_number)
-        else:
+        fault = next((f for k, f in _ARITHMETIC.items() if self._strikes(k, self.step + 1)), None)
+        if fault is None:
             return super().forward_backward(rows_BT)
+        last_layer = [m for m in self.model.modules() if isinstance(m, Block)][-1]
+        hook = last_layer.register_forward_hook(fault)
         try:
             return super().forward_backward(rows_BT)
         finally:
@@ -140,7 +151,3 @@ class FaultyTrainer(Trainer):
                 mark.touch()
                 return True
         return False
-
-
-def _not_a_number(module: object, grads: Any) -> Any:
-    return tuple(torch.full_like(grad, float("nan")) for grad in grads)

@@ -103,7 +103,7 @@ class Mirror:
             self.progress.step = step
         self._not_before = max(self._not_before, self.progress.step + 1)
         for event in events[self.progress.events :]:
-            self._run.alert(event.kind, event.step, event.detail)
+            self._run.alert(event.kind, event.step, event.detail, event.data)
         self.progress.events = len(events)
         self.progress.save(self.paths.wandb)
         return len(new)

@@ -349,9 +349,9 @@ class _Supervisor:
         mine = _of_this_start(events, self.job_id, self.restarts, before)
         last = next((e for e in reversed(mine) if e.kind in _ENDS), None)
         for event in mine:  # arithmetic that went wrong on a node, as the spike gate has found
-            if event.kind == "recomputed" and event.data.get("cause") == "hardware":
-                for node in event.data.get("nodes", []):
-                    self._lemon(str(node), event.detail)
+            named = event.data.get("nodes", [])
+            if event.data.get("cause") == "hardware" and len(named) == 1:  # of several, nobody knows which it is
+                self._lemon(str(named[0]), event.detail)
         job = queue.details(self.job_id)
         nodes = (job.nodes if job else ()) or expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
         asked = sorted({*nodes, *expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))})

@@ -13,7 +13,9 @@ WINDOW = 64  # observations before the verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Goes whole into `Event.data` (kind "spike"); every value is plain JSON. `window` holds (step, loss, gradient norm)."""
+    """Goes whole into `Event.data` (kind "spike"); every value is plain JSON. What came of it is the next `rewound`,
+    `recovered` or `spike` event. `window` holds (step, loss, gradient norm, how many of the run's own tails the loss, and
+    the gradient norm, stood above what was expected; None where the rule keeps no such score)."""
 
     rule: str
     finding: str  # the kind
@@ -28,7 +30,6 @@ class Audit:
     lr_scale: float
     window: list[list[float | str | None]] = field(default_factory=list)
     policy: dict[str, Any] = field(default_factory=dict)  # PolicyState after the verdict
-    outcome: str | None = None  # written by a later record: recovered, again, stopped
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -38,13 +39,15 @@ class Recent:
     """The last observations, for the audit record."""
 
     def __init__(self) -> None:
-        self._values: deque[tuple[int, float, float | None]] = deque(maxlen=WINDOW)
+        self._values: deque[tuple[int, float, float | None, float | None, float | None]] = deque(maxlen=WINDOW)
 
-    def add(self, step: int, loss: float, grad_norm: float | None) -> None:
-        self._values.append((step, loss, grad_norm))
+    def add(
+        self, step: int, loss: float, grad_norm: float | None, tails: tuple[float | None, float | None] = (None, None)
+    ) -> None:
+        self._values.append((step, loss, grad_norm, *tails))
 
     def plain(self) -> list[list[float | str | None]]:
-        return [[step, _plain(loss), _plain(grad_norm)] for step, loss, grad_norm in self._values]
+        return [[step, *map(_plain, values)] for step, *values in self._values]
 
 
 def audit(rule: str, finding: Finding, verdict: Verdict, state: PolicyState, recent: Recent) -> Audit:

@@ -14,8 +14,8 @@ from orchestrator.spikes.config import SpikesConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One computation of one step. `by_rank` is each rank's own share (numbers that nothing was summed into from other ranks:
-    its losses, the end of its backward pass), to name the rank that differs."""
+    """One computation of one step. `by_rank` is each rank's own share: numbers of what it has computed, in the order in which
+    the step computes them (model.train.Share), to name the rank that goes wrong first."""
 
     loss: float
     grad_norm: float | None
@@ -47,7 +47,7 @@ class Recomputed:
 
     cause: Literal["hardware", "data"]
     act: Literal["accept", "skip", "clip", "stop"]
-    ranks: tuple[int, ...]  # that differ, where each rank's share is known
+    ranks: tuple[int, ...]  # among which the fault is: tensor and context parallel ranks spread it over their group
     reason: str
 
 
@@ -73,22 +73,15 @@ def judge_recomputed(
 ) -> Recomputed:
     """After the recomputation. `nodes[rank]` names the node of a rank; a withheld step is recomputed once, not more."""
     grad_rtol = max(config.recompute_rtol, 1e-2)  # kernels of the backward pass may add in another order
-    ranks = tuple(
-        rank
-        for rank, (one, other) in enumerate(zip(first.by_rank, second.by_rank, strict=False))
-        if not all(
-            _same(a, b, rtol) for a, b, rtol in zip(one, other, (config.recompute_rtol, grad_rtol), strict=False)
-        )
-    )
+    ranks = _differ_first(first.by_rank, second.by_rank, config.recompute_rtol, grad_rtol)
     differs = (
         bool(ranks)
         or not _same(first.loss, second.loss, config.recompute_rtol)
         or not _same(first.grad_norm, second.grad_norm, grad_rtol)
     )
     if differs:
-        who = (
-            ", ".join(f"rank {r}" + (f" on {nodes[r]}" if r < len(nodes) else "") for r in ranks) or "a rank not known"
-        )
+        who = ", ".join(f"rank {r}" + (f" on {nodes[r]}" if r < len(nodes) else "") for r in ranks)
+        who = f"one of {who}" if len(ranks) > 1 else who or "a rank not known"
         reason = (
             f"recomputed, loss and gradient norm were {_both(second)} after {_both(first)}: hardware fault at {who}"
         )
@@ -99,6 +92,20 @@ def judge_recomputed(
         return Recomputed("data", "skip", (), f"recomputed, the loss was {second.loss} again: the batch is skipped")
     reason = f"recomputed, the loss was {second.loss:.6g} again: the batch stands out, its gradient is applied clipped"
     return Recomputed("data", "clip", (), reason)
+
+
+def _differ_first(
+    first: Sequence[tuple[float, ...]], second: Sequence[tuple[float, ...]], rtol: float, grad_rtol: float
+) -> tuple[int, ...]:
+    """The ranks whose shares differ at the first place at which any do: what differs after it only follows from that."""
+    both = list(zip(first, second, strict=False))
+    places = min((len(share) for pair in both for share in pair), default=0)
+    for place in range(places):
+        allowed = rtol if place < places / 2 else grad_rtol
+        ranks = tuple(r for r, (one, other) in enumerate(both) if not _same(one[place], other[place], allowed))
+        if ranks:
+            return ranks
+    return ()
 
 
 def _both(measured: Measured) -> str:

@@ -1,7 +1,7 @@
 """What a rule would have done to a run, from its log: a table for the terminal and a picture that needs nothing else.
 
-Reads CSV (step, loss, and if there are: grad_norm, lr), JSON lines (our step records, or W&B's exported rows), a run
-directory, and W&B's `.wandb` files through `wandb leet inspect`.
+Reads CSV (step, loss, and if there is one: grad_norm), also as W&B's charts export it, JSON lines (our step records, or W&B's
+exported rows), a run directory, and W&B's `.wandb` files through `wandb leet inspect`.
 """
 
 import csv
@@ -22,7 +22,8 @@ from orchestrator.run_dir import RunDir
 from orchestrator.spikes.finding import STOPPING, Finding, Kind
 from orchestrator.spikes.rules import RULES, make_rule
 
-# The names under which logs keep the three columns, the plainest first; a name also counts behind "train/" and the like.
+# The names under which logs keep the three columns, the plainest first; a name also counts behind "train/" and the like, and
+# behind "the run's name - ", as W&B exports a chart.
 STEP_NAMES = ("step", "_step", "global_step", "iteration", "iter", "trainer/global_step")
 LOSS_NAMES = ("loss", "train_loss", "training_loss", "lm_loss", "lm loss", "lm-loss-training/lm loss")
 GRAD_NAMES = ("grad_norm", "gradient_norm", "grad-norm", "gnorm", "total_norm", "grad norm")
@@ -168,6 +169,7 @@ def read_log(path: Path, undone: bool = False) -> list[Observation]:
                 rows = list(csv.DictReader(file))
             except csv.Error as error:
                 raise UserError(f"{path} is no CSV: {error}") from None
+        _of_one_run(path, rows[0] if rows else {})
     observations = list(_observations(rows))
     if not observations:
         raise UserError(
@@ -186,11 +188,24 @@ def _observations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Observation]:
         yield Observation(int(step), loss, _value(row, GRAD_NAMES))
 
 
+def _plain_name(column: str | None) -> str:
+    return (column or "").rsplit(" - ", 1)[-1].rsplit("/", 1)[-1].lower()
+
+
+def _of_one_run(path: Path, row: Mapping[str, Any]) -> None:
+    """A chart's export may hold several runs: their losses are not one curve."""
+    runs = [k.rsplit(" - ", 1)[0] for k in row if k and " - " in k and _plain_name(k) in LOSS_NAMES]
+    if len(set(runs)) > 1:
+        raise UserError(
+            f"{path} holds the losses of {len(set(runs))} runs ({', '.join(dict.fromkeys(runs))}): export one run at a time"
+        )
+
+
 def _value(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
     for name in names:
         value = row.get(name)
         if value is None:
-            value = next((v for k, v in row.items() if k and k.lower().rsplit("/", 1)[-1] == name), None)
+            value = next((v for k, v in row.items() if _plain_name(k) == name), None)
         if value is None or value == "" or isinstance(value, (bool, dict, list)):
             continue
         try:

@@ -128,7 +128,8 @@ class SpikeWatch:
 
     def judged(self, step: int, loss: float, grad_norm: float) -> Act:
         """The verdict on a step that was applied. "rewind": load `rewind_to`, then call `restore` and `rewound`."""
-        self._recent.add(step, loss, grad_norm)
+        scores = getattr(self._rule, "scores", None)
+        self._recent.add(step, loss, grad_norm, scores(loss, grad_norm) if scores else (None, None))
         return self._decide(self._rule.judge(step, loss, grad_norm))
 
     def rewound(self, step: int) -> None:

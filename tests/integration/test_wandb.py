@@ -18,6 +18,7 @@ from made_run import make_run
 from wandb_server import StoredRun, WandbServer
 
 from orchestrator.mirror import Progress, mirroring
+from orchestrator.record import Event, JsonlWriter, utc_now
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -79,14 +80,24 @@ def test_a_run_requeued_three_times_offline_is_one_run_with_each_step_once(
     assert not [p for p in root.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
 
 
-def test_later_steps_follow_and_undone_ones_are_replaced(wandb_server: WandbServer, tmp_path: Path) -> None:
+def test_later_steps_follow_undone_ones_are_replaced_and_verdicts_are_alerts(
+    wandb_server: WandbServer, tmp_path: Path
+) -> None:
     root = make_run(tmp_path / "run", 100, 1, finished=False)
     assert sync(wandb_server.url, root).returncode == 0
     go_on(root, 2, 81, 130, grad_norm=0.9)
+    told = [("spike", 95, "skip"), ("spike", 95, "skip"), ("spike", 100, "rewind"), ("rewound", 80, None)]
+    told += [("recomputed", 120, "accept"), ("recovered", 125, None), ("spike", 130, "stop"), ("failed", 130, None)]
+    with JsonlWriter(root / "events" / "attempt-0002.jsonl") as events:
+        for kind, step, act in told:
+            data = {"act": act} if act else {}
+            events.write(Event(time_utc=utc_now(), kind=kind, step=step, detail="because", attempt=2, data=data))
     assert "50 steps uploaded" in sync(wandb_server.url, root).stdout
     stored = only(wandb_server)
     assert stored.steps() == list(range(1, 131))
     assert [s for s, v in stored.figure("training/grad_norm").items() if v == 0.9] == list(range(81, 131))
+    assert stored.alerts == [f"{kind}: {act} at step {s}" if act else f"{kind} at step {s}" for kind, s, act in told]
+    assert stored.alert_levels == ["WARN"] * 5 + ["INFO", "ERROR", "ERROR"]
 
 
 def test_a_server_that_cannot_rewind_keeps_each_step_once_and_this_is_told(tmp_path: Path) -> None:

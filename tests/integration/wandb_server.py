@@ -24,6 +24,7 @@ class StoredRun:
     commit: str | None = None
     name: str = ""
     alerts: list[str] = field(default_factory=list)
+    alert_levels: list[str] = field(default_factory=list)
     system: int = 0  # lines of host metrics
 
     def steps(self) -> list[int]:
@@ -174,4 +175,5 @@ class WandbServer:
 
     def on_NotifyScriptableRunAlert(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.runs[variables["runName"]].alerts.append(variables["title"])
+        self.runs[variables["runName"]].alert_levels.append(variables["severity"])
         return {"data": {"notifyScriptableRunAlert": {"success": True}}}

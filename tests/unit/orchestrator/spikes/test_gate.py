@@ -51,6 +51,23 @@ def test_a_value_that_differs_the_second_time_is_hardware_and_names_rank_and_nod
     assert "rank 2 on b" in said.reason
 
 
+def test_the_rank_that_goes_wrong_first_is_named_and_not_those_whom_it_has_misled() -> None:
+    """Two stages of a pipeline on two ranks each: rank 1 sends NaN to stage 1, and gets it back with the gradient."""
+    clean = ((1.0, 0.0, 0.0, 5.0), (1.0, 0.0, 0.0, 5.0), (0.0, 3.0, 4.0, 0.0), (0.0, 3.0, 4.0, 0.0))
+    nan = math.nan
+    struck = ((1.0, 0.0, 0.0, nan), (nan, 0.0, 0.0, nan), (0.0, nan, nan, 0.0), (0.0, nan, nan, 0.0))
+    first = Measured(loss=nan, grad_norm=nan, by_rank=struck)
+    said = judge_recomputed(first, Measured(loss=3.0, grad_norm=1.0, by_rank=clean), settled(), CONFIG)
+    assert (said.cause, said.ranks) == ("hardware", (1,))
+
+
+def test_ranks_that_compute_together_are_named_together() -> None:
+    first, second = measured(math.nan, 1.0, (3.0, math.nan, math.nan)), measured(3.0, 1.0, (3.0, 3.0, 3.0))
+    said = judge_recomputed(first, second, settled(), CONFIG, ["a", "b", "b"])
+    assert said.ranks == (1, 2)
+    assert "one of rank 1 on b, rank 2 on b" in said.reason
+
+
 def test_hardware_that_is_wrong_twice_in_two_ways_calls_a_person() -> None:
     said = judge_recomputed(measured(math.nan), measured(math.inf), settled(), CONFIG)
     assert (said.cause, said.act) == ("hardware", "stop")

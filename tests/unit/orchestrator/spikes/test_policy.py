@@ -269,7 +269,7 @@ def test_killed_between_verdict_and_act_it_comes_out_the_same() -> None:
     run.train([(Kind.OK, 0, False)] * 220 + [(Kind.NONFINITE, 2, True)])
     finding, verdict = run.verdicts[-1]
     recent = Recent()
-    recent.add(220, 2.5, 1.0)
+    recent.add(220, 2.5, 1.0, (0.2, -0.1))
     recent.add(221, math.nan, None)
     written = json.dumps(audit("cusum", finding, verdict, run.state, recent).to_json(), allow_nan=False)
     state = restored_policy([json.loads(written)])
@@ -277,7 +277,7 @@ def test_killed_between_verdict_and_act_it_comes_out_the_same() -> None:
     start = newest_usable(run.checkpoints, state)
     assert start is not None
     assert start.step == verdict.to_step
-    assert json.loads(written)["window"] == [[220, 2.5, 1.0], [221, "nan", None]]
+    assert json.loads(written)["window"] == [[220, 2.5, 1.0, 0.2, -0.1], [221, "nan", None, None, None]]
 
 
 def test_a_run_without_audits_starts_with_a_fresh_policy() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import main
+from orchestrator.errors import UserError
 from orchestrator.record import JsonlWriter, StepRecord, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.spikes import replay
@@ -67,6 +68,18 @@ def the_spike(path: Path) -> None:
 @pytest.mark.parametrize("header", ["step,loss,grad_norm", "_step,train/loss,train/grad_norm", "iteration,lm loss,x"])
 def test_reads_csv_under_the_names_that_logs_use(tmp_path: Path, header: str) -> None:
     the_spike(csv_log(tmp_path / "log.csv", header))
+
+
+def test_reads_the_chart_that_wandb_exports_and_refuses_one_of_several_runs(tmp_path: Path) -> None:
+    """One column for each run, its lowest and its highest value beside it; empty where another run has a row."""
+    log = tmp_path / "wandb_export.csv"
+    names = ["glad-sun-3 - loss", "glad-sun-3 - loss__MIN", "glad-sun-3 - loss__MAX"]
+    head = ",".join(f'"{name}"' for name in ["Step", *names])
+    log.write_text(head + "\n" + "".join(f'"{s}","{x}","{x - 1}","{x + 1}"\n' for s, x, _ in rows()))
+    the_spike(log)
+    log.write_text(head + ',"dry-moon-4 - train/loss"\n' + "".join(f"{s},{x},,,{x}\n" for s, x, _ in rows()))
+    with pytest.raises(UserError, match="glad-sun-3, dry-moon-4"):
+        replay.run_over(log, "cusum")
 
 
 def test_reads_json_lines_of_any_run_and_passes_over_what_is_no_loss(tmp_path: Path) -> None:
