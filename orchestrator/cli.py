@@ -17,10 +17,11 @@ Handler = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and (any(word.startswith("-") for word in rest) or not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides on both sides of an option, which argparse does not put together
-        args.overrides += rest
+    if rest:  # words on both sides of an option, which argparse does not put together
+        many = next((n for n in ("overrides", "runs") if isinstance(getattr(args, n, None), list)), None)
+        if many is None or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        setattr(args, many, [*getattr(args, many), *rest])
     from orchestrator.errors import Failure, UserError
     from slurm.request import CannotSubmit
     from slurm.virtual import ClusterError
@@ -118,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     cancel = _command(commands, "cancel", _cancel, "stop a run, saved; `resume` goes on with it")
     cancel.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     status = _command(commands, "status", _status, "where a run stands, or all of them")
-    status.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories (default: all below runs)")
+    status.add_argument("runs", nargs="*", metavar="RUN", help="run directories (default: all below runs)")
     _takes_json(status)
     runs = _command(commands, "runs", _runs, "every run below a folder: state, step, loss, speed, starts")
     runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="default: runs")
@@ -361,7 +362,11 @@ def _takes_overrides(command: argparse.ArgumentParser) -> None:
 
 
 def _takes_runs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders of them")
+
+
+def _paths(words: Sequence[str]) -> list[Path]:
+    return [Path(word) for word in words]
 
 
 def _takes_json(command: argparse.ArgumentParser) -> None:
@@ -373,6 +378,10 @@ def _launch(args: argparse.Namespace) -> int:
     from orchestrator.errors import UserError
 
     if args.multirun:
+        if args.dry_run:
+            raise UserError(
+                "--dry-run prints the script of one run: leave out -m, and choose one value of what is swept"
+            )
         from orchestrator.sweep import launch_sweep
 
         return launch_sweep(args.overrides, args.config_dir, args.limit_parallel, args.wait, args.halving)
@@ -404,7 +413,7 @@ def _cancel(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from orchestrator import registry
 
-    folders = args.runs or [Path("runs")]
+    folders = _paths(args.runs or ["runs"])
     return registry.show(registry.rows(folders), as_json=args.json, details=len(args.runs) == 1)
 
 
@@ -529,7 +538,7 @@ def _report_carbon(args: argparse.Namespace) -> int:
         print(shown.llama_table(), end="")
         return 0
     overrides = [a for a in args.runs if a.startswith("carbon.") and "=" in a]
-    paths = [Path(a) for a in args.runs if a not in overrides]
+    paths = _paths([a for a in args.runs if a not in overrides])
     if not paths:
         raise UserError("which runs? arriero report carbon RUN..., such as runs/tiny, or runs for all of them")
     statements = account([accounted(root, overrides) for root in run_dirs(paths)], ask_slurm=not args.no_slurm)
@@ -551,7 +560,7 @@ def _report_carbon(args: argparse.Namespace) -> int:
 def _dashboard_page(args: argparse.Namespace) -> int:
     from orchestrator.show import write_page
 
-    path, size_bytes, runs = write_page(args.runs, args.output)
+    path, size_bytes, runs = write_page(_paths(args.runs), args.output)
     if args.json:
         print_json({"page": str(path), "size_bytes": size_bytes, "runs": runs})
     else:
@@ -562,7 +571,7 @@ def _dashboard_page(args: argparse.Namespace) -> int:
 def _dashboard_serve(args: argparse.Namespace) -> int:
     from orchestrator.show import serve
 
-    serve(args.runs, args.port)
+    serve(_paths(args.runs), args.port)
     return 0
 
 
@@ -623,7 +632,7 @@ def _dashboard_sync(args: argparse.Namespace) -> int:
     from orchestrator.mirror import sync
 
     done = []
-    for root in run_dirs(args.runs):
+    for root in run_dirs(_paths(args.runs)):
         steps, url = sync(root)
         done.append({"run": str(root), "steps_uploaded": steps, "url": url})
         if not args.json:

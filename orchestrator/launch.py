@@ -66,7 +66,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         raise UserError("\n".join(missing))
     run_dir = RunDir(spec.run_dir.resolve())
     if dry_run:
-        return _dry_run(spec, run_dir)
+        return _dry_run(spec, run_dir, _greenest(spec, _forecast(spec)))
     if is_finished(run_dir) and not _changed(run_dir, spec):
         console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
         _print_summary(console, spec, run_dir)
@@ -85,7 +85,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         console.print(f"{spec.name} is in the queue already, or runs: job {job_id}")
         _print_what_next(console, run_dir)
         return 0
-    expected = forecast.plan(spec, time.time()) if forecast.is_calibrated(spec) else None
+    expected = _forecast(spec)
     start = _greenest(spec, expected)
     write_run_dir(spec, run_dir, overrides)
     if expected is None:
@@ -118,7 +118,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     return 0
 
 
-def _request(spec: RunSpec, run_dir: RunDir, dry_run: bool = False) -> JobRequest:
+def _request(spec: RunSpec, run_dir: RunDir, start: Start | None, dry_run: bool = False) -> JobRequest:
     code = snapshot(run_dir.code, dry_run) if spec.cluster.kind == "slurm" else None
     return JobRequest(
         name=spec.name,
@@ -126,18 +126,25 @@ def _request(spec: RunSpec, run_dir: RunDir, dry_run: bool = False) -> JobReques
         run_dir=str(run_dir.root),
         cluster=spec.cluster,
         code=str(code) if code else None,
+        begin=f"now+{max(0, round(start.start_s - time.time()))}seconds" if start else None,
         exclude=tuple(excluded(run_dir.lemons)),
     )
 
 
-def _dry_run(spec: RunSpec, run_dir: RunDir) -> int:
+def _dry_run(spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:
     """Prints what would be submitted, and writes nothing."""
     if spec.cluster.kind != "slurm":
         raise UserError(
             f"--dry-run prints the sbatch script, and cluster={spec.cluster.name} is no Slurm: choose cluster=slurm"
         )
-    print(sbatch_script(replace(_request(spec, run_dir, dry_run=True), token="(set when it is submitted)")), end="")
+    print(
+        sbatch_script(replace(_request(spec, run_dir, start, dry_run=True), token="(set when it is submitted)")), end=""
+    )
     return 0
+
+
+def _forecast(spec: RunSpec) -> forecast.Plan | None:
+    return forecast.plan(spec, time.time()) if forecast.is_calibrated(spec) else None
 
 
 def _greenest(spec: RunSpec, expected: forecast.Plan | None) -> Start | None:
@@ -168,9 +175,8 @@ def _submit(console: Console, spec: RunSpec, run_dir: RunDir, start: Start | Non
     ):  # a person has looked: crashes are counted anew
         with JsonlWriter(run_dir.events / "supervise.jsonl") as events:
             events.write(Event(time_utc=utc_now(), kind="resumed_by_hand", step=0, detail="launched again by hand"))
-    request = _request(spec, run_dir)
+    request = _request(spec, run_dir, start)
     if start is not None:
-        request = replace(request, begin=f"now+{max(0, round(start.start_s - time.time()))}seconds")
         kwh = json.loads(run_dir.plan.read_text())["site_energy_kwh"]["central"] if run_dir.plan.exists() else None
         console.print(start.describe(kwh) if kwh else start.describe_share())
     job_id, new = submit_once(request, run_dir.submission)

@@ -1,19 +1,19 @@
 """A rank's stand-in in a rehearsal: takes its place, proves it, and waits where the real one would compute. No torch.
 
 Rank 0 counts steps, saves on a warning and resumes, through the same records and events as the trainer, so that what supervises
-a job finds what it would find. 2,048 of these fit on one small machine.
+a job finds what it would find. 2,048 of these fit on one small machine: all but rank 0 import little, and sleep until something
+happens.
 """
 
 import json
 import os
-import time
-from pathlib import Path
-from typing import Any
+import signal
 
 from slurm.rendezvous import place
-from slurm.signals import StopFlag
+from slurm.signals import STOP_SIGNALS, StopFlag
 
 STEP_S = 0.5
+_LOOK_S = 5.0  # between two looks for the end, which thousands of ranks on two cores should take seldom
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # ranks are numbered pp-major, tp-minor (model/layout.py)
 
 
@@ -27,29 +27,36 @@ def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
 
 def main(run_dir: str) -> None:
     stop = StopFlag()
-    root = Path(run_dir)
     here = place()
-    sizes = json.loads((root / "rehearsal.json").read_text())
+    with open(f"{run_dir}/rehearsal.json") as file:
+        sizes = json.load(file)
     line = {"rank": here.rank, "world_size": here.world_size, "node": here.node, "local_rank": here.local_rank,
             "master": [here.master_addr, here.master_port], "mesh": coordinates(here.rank, sizes)}  # fmt: skip
-    places = os.open(root / f"places-{here.restart_count}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    places = os.open(f"{run_dir}/places-{here.restart_count}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.write(places, (json.dumps(line) + "\n").encode())  # one short write: lines of many ranks never mix
     os.close(places)
     if here.rank:
-        _wait(stop, root)
+        _wait(stop, run_dir)
     else:
-        _lead(stop, root, here.job_id, here.restart_count)
+        _lead(stop, run_dir, here.job_id, here.restart_count)
 
 
-def _wait(stop: StopFlag, root: Path) -> None:
-    while stop.requested is None and not (root / "finish").exists():
-        time.sleep(2.0)  # thousands of these share two cores: they look seldom
+def _wait(stop: StopFlag, run_dir: str) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they end the wait instead
+    while stop.requested is None and not os.path.exists(f"{run_dir}/finish"):
+        if signal.sigtimedwait(STOP_SIGNALS, _LOOK_S):
+            return
 
 
-def _lead(stop: StopFlag, root: Path, job_id: str, restart: int) -> None:
+def _lead(stop: StopFlag, run_dir: str, job_id: str, restart: int) -> None:
+    import time
+    from pathlib import Path
+    from typing import Any
+
     from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
     from orchestrator.run_dir import RunDir
 
+    root = Path(run_dir)
     directory = RunDir(root)
     attempt = directory.next_attempt()
     checkpoint = root / "rehearsed_step"

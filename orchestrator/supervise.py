@@ -37,6 +37,7 @@ _REJECTIONS = 3  # starts in a row that the preflight may refuse
 _OWN_FAULTS = 3  # of the supervisor itself, without a new checkpoint in between
 _UNTOLD_RESTARTS = 16  # of the job, where not even the events can be read or written
 _BREATH_S = 8  # between the end of one start and the next
+_LOST_NODE_S = 75  # the same after a lost node: slurmstepd waits for its report, 60 s and 3 more a tree level
 _LATER_S = 60  # the same, after a fault that may pass: a file system that does not answer
 _ENDS = ("finished", "stopped", "failed")
 _SLURMS_WORDS: dict[str, Cause] = {
@@ -304,7 +305,7 @@ class _Supervisor:
         self._tell_requeue(events, why or "unfit_node", f"without {', '.join(out)}", self.restarts + 1)
         _until_it_works(["scontrol", "requeue", self.job_id])
         self._leave_out(spec, out)
-        self._start_in(_BREATH_S)
+        self._start_again(a_node_is_lost=False)
         return 0
 
     # ------------------------------------------------------------------------------------------------ ranks, and after
@@ -337,9 +338,8 @@ class _Supervisor:
             if decision.act == "requeue":
                 self._tell_requeue(events, decision.cause, decision.reason, self.restarts + 1)
                 _until_it_works(["scontrol", "requeue", self.job_id], 10)
-            self._start_in(
-                queue.kill_wait_s() + _BREATH_S, 10
-            )  # after the last of the ranks; `_settle` makes it sooner
+            # after the last of the ranks, whatever has happened; `_settle` makes it sooner
+            self._start_in(queue.kill_wait_s() + _LOST_NODE_S, 10)
 
     def _settle(self, exit_code: int, before: frozenset[int | None]) -> int | None:
         """After the ranks: requeues or ends the job. Its exit code; None where the ranks start again in this allocation."""
@@ -355,6 +355,7 @@ class _Supervisor:
         job = queue.details(self.job_id)
         nodes = (job.nodes if job else ()) or expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
         asked = sorted({*nodes, *expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))})
+        lost = list(queue.lost_among(asked)) if exit_code else []
         decision = decide(
             last,
             exit_code,
@@ -364,7 +365,7 @@ class _Supervisor:
             config.crash_budget,
             config.warn_s,
             restarts=self.restarts,
-            lost=list(queue.lost_among(asked)) if exit_code and last is None else (),
+            lost=lost,
             elastic=config.is_elastic,
         )
         print(f"{utc_now()} supervise: {decision.cause}: {decision.reason}: {decision.act}", flush=True)
@@ -384,10 +385,19 @@ class _Supervisor:
         ):  # else the next start tells: the accounting knows who did it
             self._tell_requeue(events, decision.cause, decision.reason, self.restarts + 1)
             _until_it_works(["scontrol", "requeue", self.job_id])
-        # When the last of this start is gone, slurmctld holds the job for two minutes more, but only where its begin time has
-        # passed by then: so it gets one that has not.
-        self._start_in(_BREATH_S)
+        self._start_again(a_node_is_lost=bool(lost))
         return 0
+
+    def _start_again(self, a_node_is_lost: bool) -> None:
+        """When the last of this start is gone on every node, slurmctld holds the job for two minutes more, but only where its
+        begin time has passed by then: so it gets one that has not, and a nearer one once this node is the last."""
+        kill_wait_s = queue.kill_wait_s()
+        self._start_in(kill_wait_s + _LOST_NODE_S)  # should this process be killed before
+        until = time.monotonic() + kill_wait_s
+        here = os.environ.get("SLURMD_NODENAME")
+        while (job := queue.details(self.job_id)) and {*job.nodes} - {here} and time.monotonic() < until:
+            time.sleep(0.5)
+        self._start_in(_LOST_NODE_S if a_node_is_lost else _BREATH_S)
 
     def _after_own_fault(self) -> int:
         """A fault of this process, or of the file system under it, is no end of the run: a while later, a few times."""

@@ -196,6 +196,8 @@ def _train(
 
         make = partial(FaultyTrainer, faults=directory.faults)
         recorder.event("faults", 0, f"faults are injected on purpose: {directory.faults}")
+    if directory.cancelled.exists():  # its signal came before this process could hear one
+        stop.requested = stop.requested or "cancelled"
     pause_step = directory.pause_step()
 
     def stop_requested() -> bool:

@@ -47,3 +47,10 @@ def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
     assert done.returncode == 0, done.stderr
     assert "seed: 7" in done.stdout
     assert run("config", "model=nano", "--nonsense", "seed=7").returncode == 2
+
+
+def test_runs_and_overrides_may_follow_an_option() -> None:
+    done = run("report", "carbon", "nowhere", "--json", "carbon.zone=FRA")
+    assert "unrecognized" not in done.stderr
+    assert "nowhere" in done.stderr
+    assert "also_nowhere" in run("status", "--json", "also_nowhere").stderr
