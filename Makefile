@@ -18,7 +18,7 @@ run: all
 	@$(BIN)/arriero launch experiment=first_run
 
 test: all chromium slurm
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # Pages are tested in a real Chromium. Where it can't be installed those tests are skipped and say so; in CI they fail.
 chromium:
