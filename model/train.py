@@ -21,6 +21,7 @@ from model.data.mixture import Skip
 from model.evaluate import held_out_losses
 from model.layout import Layout
 from model.optim import clip_gradients, global_grad_norm, learning_rate, make_optimizer, set_learning_rate
+from model.own_time import OwnTime
 from model.parallel import Ranks, build_model, forward_backward
 from model.pipeline import Pipeline
 from model.transformer import Transformer
@@ -62,6 +63,13 @@ class Recorder(Protocol):
     def event(self, kind: str, step: int, detail: str, /, **data: Any) -> None: ...
 
 
+class Pulse(Protocol):
+    """Told what this rank does, for whoever watches it from outside: a few words of memory (slurm/pulse.py)."""
+
+    def __call__(self, phase: str, step: int) -> None: ...
+    def stepped(self, own_s: float) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What the loop takes from the run's configuration."""
@@ -91,13 +99,16 @@ class Trainer:
         stop_requested: Callable[[], bool],
         watch: SpikeWatch,
         node: str,
+        pulse: Pulse,
     ) -> None:
         self.config, self.ranks, self.loader, self.store = config, ranks, loader, store
-        self.recorder, self.stop_requested, self.watch, self.node = recorder, stop_requested, watch, node
+        self.recorder, self.stop_requested, self.watch = recorder, stop_requested, watch
+        self.node, self.pulse = node, pulse
         self.model: Transformer | Pipeline = build_model(
             config.model, config.layout, ranks, config.compute_dtype, config.seed
         )
         self.optimizer = make_optimizer(self.model, config.optim)
+        self.own_time = OwnTime(self.model, ranks.device)
         self.step = 0  # optimizer steps done
         self.share: Share = ()  # of the step computed last
         pipeline = self.model if isinstance(self.model, Pipeline) else None
@@ -111,10 +122,12 @@ class Trainer:
 
     def run(self) -> Literal["finished", "stopped", "failed"]:
         """Trains from the newest checkpoint to the last step. "stopped" when asked to, "failed" when a person must look."""
+        self.pulse("load", 0)
         self.resume()
         stopping = False
         while self.step < self.config.steps and not stopping:
             started = time.perf_counter()
+            self.pulse("data", self.step + 1)
             rows_BT = self.next_batch()
             data_s = time.perf_counter() - started
             loss, grad_norm, stopping, save_again = self.forward_backward(rows_BT)
@@ -126,6 +139,7 @@ class Trainer:
             if act == "apply" or act == "leave_out":
                 self.update(grad_norm, max_norm, act == "apply")
                 self.record(loss, grad_norm, time.perf_counter() - started, data_s)
+                self.pulse.stepped(data_s + self.own_time.seconds())
             if act == "apply":
                 act = self.watch.judged(self.step, loss, grad_norm.item())
             if act == "stop":
@@ -144,6 +158,7 @@ class Trainer:
             if due or stopping or save_again:
                 self.save(wait=stopping or self.step == self.config.steps)
             self.vet()
+        self.pulse("save", self.step)
         self.store.finish()
         return "finished" if self.step >= self.config.steps else "stopped"
 
@@ -157,12 +172,15 @@ class Trainer:
         Returns that loss (nats per token), the global gradient norm, whether any rank was asked to stop, and whether any
         rank's failed save is to be tried again: all the same on every rank.
         """
+        self.pulse("compute", self.step + 1)
         self.optimizer.zero_grad()
+        self.own_time.reset()
         self._share_sums.zero_()
         rows_BT = rows_BT.to(self.ranks.device, non_blocking=True)
         # FSDP2 averages gradients over the ranks with other tokens: times their number makes it the sum over the global batch.
         scale = self.ranks.dp * self.ranks.cp / self.batch_tokens
         loss_sum = forward_backward(self.model, rows_BT, self.config.layout.microbatch_sequences, scale)
+        self.pulse("collective", self.step + 1)
         stages = self.model.group if isinstance(self.model, Pipeline) else None
         grad_norm = global_grad_norm(self.model.parameters(), stages)
         said = torch.tensor([self.stop_requested(), self.store.retry_due], dtype=loss_sum.dtype, device=loss_sum.device)
@@ -210,6 +228,7 @@ class Trainer:
     def update(self, grad_norm: Tensor, max_norm: float, apply: bool) -> None:
         """One optimizer step. What is not finite never gets here with `apply`."""
         self.step += 1
+        self.pulse("update", self.step)
         if apply:
             clip_gradients(self.model.parameters(), max_norm, grad_norm)
             set_learning_rate(self.optimizer, self.learning_rate())
@@ -239,6 +258,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """The loss on held-out rows, as an event."""
+        self.pulse("evaluate", self.step)
         started = time.perf_counter()
         losses = held_out_losses(
             self.model,
@@ -262,6 +282,7 @@ class Trainer:
         )
 
     def save(self, wait: bool) -> None:
+        self.pulse("save", self.step)
         extra = {"step": self.step, "spikes": self.watch.state()}
         self.store.save(self.step, training_state(self.model, self.optimizer), extra, wait=wait)
 
@@ -288,6 +309,7 @@ class Trainer:
 
     def rewind(self) -> None:
         """Back to the checkpoint that the watch has chosen, or the next older one that is whole."""
+        self.pulse("load", self.step)
         to_step = self.watch.rewind_to
         loaded = self.store.load_latest(training_state(self.model, self.optimizer), max_step=to_step)
         if loaded is None:

@@ -40,7 +40,8 @@ WORKER = "orchestrator.worker:main"
 _STRIPE = 0.25  # seconds between two looks at a run that is followed
 
 _SHOWN = set(
-    "evaluated resumed withheld recomputed spike rewound recovered budget faults save_failed passed_over stopped".split()  # noqa: SIM905
+    "evaluated resumed withheld recomputed spike rewound recovered budget faults save_failed passed_over stopped"  # noqa: SIM905
+    " hung restarted straggler".split()
 )
 
 # What may change between two starts of one run: where and how it runs, not what it computes.

@@ -39,7 +39,8 @@ class StepRecord:
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened to the run. `kind`: started prepared saved save_failed resumed evaluated sampled spike
-    rewound skipped requeued stopped finished failed ... ; `data` holds its numbers, units in the keys."""
+    rewound skipped requeued restarted hung straggler stopped finished failed ... ; `data` holds its numbers, units in the
+    keys."""
 
     time_utc: str
     kind: str

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 
+from slurm.pulse import pulse
 from slurm.rendezvous import place
 from slurm.signals import STOP_SIGNALS, StopFlag
 
@@ -44,6 +45,7 @@ def main(run_dir: str) -> None:
 def _wait(stop: StopFlag, run_dir: str) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they end the wait instead
     while stop.requested is None and not os.path.exists(f"{run_dir}/finish"):
+        pulse("compute", 0)
         if signal.sigtimedwait(STOP_SIGNALS, _LOOK_S):
             return
 
@@ -76,6 +78,7 @@ def _lead(stop: StopFlag, run_dir: str, job_id: str, restart: int) -> None:
         while stop.requested is None and not (root / "finish").exists():
             time.sleep(STEP_S)
             step += 1
+            pulse("compute", step)
             steps.write(
                 StepRecord(
                     time_utc=utc_now(),

@@ -25,13 +25,15 @@ from typing import Literal
 
 from orchestrator import shrink
 from orchestrator import spec as specs
+from orchestrator.incidents import Incidents, crashes_so_far
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.webhook import post
 from slurm import lemons, queue
+from slurm.lead import Incident, Lead
 from slurm.rendezvous import expand_hostlist
 
-Cause = Literal["timeout", "preempted", "requeued", "node_failure", "crash", "user", "finished", "person"]
+Cause = Literal["timeout", "preempted", "requeued", "node_failure", "crash", "error", "user", "finished", "person"]
 _PREFLIGHT_S = 180.0  # and a second more for every fourth node
 _REJECTIONS = 3  # starts in a row that the preflight may refuse
 _OWN_FAULTS = 3  # of the supervisor itself, without a new checkpoint in between
@@ -40,6 +42,7 @@ _BREATH_S = 8  # between the end of one start and the next
 _LOST_NODE_S = 75  # the same after a lost node: slurmstepd waits for its report, 60 s and 3 more a tree level
 _LATER_S = 60  # the same, after a fault that may pass: a file system that does not answer
 _ENDS = ("finished", "stopped", "failed")
+_SRUN_ENDS_S = 15.0  # after its ranks; then it is ended, and this long later killed
 _SLURMS_WORDS: dict[str, Cause] = {
     "PREEMPTED": "preempted",
     "NODE_FAIL": "node_failure",
@@ -74,12 +77,14 @@ def decide(
     restarts: int = 0,
     lost: Sequence[str] = (),
     elastic: bool = False,
+    incident: Incident | None = None,
 ) -> Decision:
     """What becomes of a job whose ranks have ended. Pure.
 
     last: the start's own last word (finished, stopped, failed), if it had one. job: what slurmctld says; None where it does
     not answer. crashes: so far, without a new checkpoint since the first of them. restarts: which start of the job this is,
     from 0. lost: its nodes that are gone. elastic: whether it can go on inside its allocation without them.
+    incident: what the lead knows of the ranks' end.
     """
     if last is not None and last.kind == "finished":
         return Decision("end", "finished", "the run is finished")
@@ -97,17 +102,20 @@ def decide(
         return Decision("requeue", "timeout", "warned before the ranks were ready to save")
     if lost:  # srun is told before slurmctld has ended the job, and with --no-kill it does not end it
         return Decision("again" if elastic else "requeue", "node_failure", f"lost {', '.join(lost)}")
+    if incident is not None and incident.at_start and not restarts:
+        return Decision("end", "error", f"every rank failed before its first step: {incident.detail}")
+    what = incident.detail if incident else f"exit code {exit_code}"
     if crashes >= crash_budget:
         return Decision(
             "end",
             "crash",
-            f"exit code {exit_code}; {crashes + 1} crashes without a new checkpoint in between, and cluster.crash_budget "
+            f"{what}; {crashes + 1} crashes without a new checkpoint in between, and cluster.crash_budget "
             f"forgives {crash_budget}: a person must look",
         )
     return Decision(
         "requeue",
         "crash",
-        f"exit code {exit_code}, crash {crashes + 1} of {crash_budget} that are forgiven without a new checkpoint",
+        f"{what}, crash {crashes + 1} of {crash_budget} that are forgiven without a new checkpoint",
     )
 
 
@@ -136,19 +144,6 @@ def ended_by_slurm(job: queue.JobDetails | None, restarts: int) -> Decision | No
         return Decision("end", "user", "cancelled with scancel")
     why = job.reason if job.state == "COMPLETING" else job.state
     return Decision("requeue", "node_failure" if "node" in why.lower() else "crash", f"Slurm says {why}")
-
-
-def crashes_so_far(events: Sequence[Event], cause: str = "crash") -> int:
-    """Requeues for this cause since the run last got on: since its newest checkpoint was saved for the first time."""
-    furthest, crashes = -1, 0
-    for event in events:
-        if event.kind == "saved" and event.step > furthest:
-            furthest, crashes = event.step, 0
-        elif event.kind == "requeued" and event.data.get("cause") == cause:
-            crashes += 1
-        elif event.kind == "resumed_by_hand":
-            crashes = 0
-    return crashes
 
 
 def rejections_so_far(events: Sequence[Event]) -> int:
@@ -197,7 +192,9 @@ class _Supervisor:
             if isinstance(step, int):
                 return step
             before = frozenset(e.attempt for e in read_events(self.directory.events) if e.kind == "started")
-            ended = self._settle(self._run_ranks([self.srun[0], *step, *self.srun[1:]]), before)
+            ranks = int(next(o for o in step if o.startswith("--ntasks=")).partition("=")[2])
+            exit_code, incident = self._run_ranks([self.srun[0], *step, *self.srun[1:]], ranks)
+            ended = self._settle(exit_code, before, incident)
             if ended is not None:
                 return ended
             why = "node_failure"
@@ -271,9 +268,8 @@ class _Supervisor:
                 "results": str(results),
                 "gpus_per_node": spec.cluster.gpus_per_node,
                 "cuda": spec.gpu.device == "cuda",
-                # this process listens: it is on the job's first node, whichever nodes the ranks get
-                "head": [os.environ.get("ARRIERO_MASTER_ADDR", os.environ.get("SLURMD_NODENAME", nodes[0])),
-                         head.getsockname()[1]],
+                # this process listens
+                "head": [_here(), head.getsockname()[1]],
                 "command": spec.cluster.preflight_command,
             }  # fmt: skip
             words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--overlap"]
@@ -310,19 +306,41 @@ class _Supervisor:
 
     # ------------------------------------------------------------------------------------------------ ranks, and after
 
-    def _run_ranks(self, words: Sequence[str]) -> int:
-        """srun's exit code as a shell has it. TERM settles at once what does not wait for the ranks: they may never end."""
-        process = subprocess.Popen(words)
+    def _run_ranks(self, words: Sequence[str], ranks: int) -> tuple[int, Incident | None]:
+        """srun's exit code as a shell has it, and why the ranks ended, where it was not well. While it waits, the lead restarts
+        them inside the allocation. TERM settles at once what does not wait for the ranks: they may never end."""
+        spec = specs.load(self.directory.spec)
+        lead = Incidents(self.directory, spec, self._tell, self._lemon, self.job_id, self.restarts).lead(ranks, _here())
+        process = subprocess.Popen(words, env={**os.environ, **lead.environment})
+        thread = threading.Thread(target=self._serve, args=(lead, process), name="lead", daemon=True)
+        thread.start()
         try:
             with self._interrupted_by_term():
                 code = process.wait()
         except _Terminated:
+            lead.stopping = True
             try:
                 self._settle_early()
             except Exception:
                 traceback.print_exc()  # what is left happens when the ranks have ended
             code = process.wait()
-        return code if code >= 0 else 128 - code
+        lead.close()
+        thread.join()
+        return code if code >= 0 else 128 - code, lead.incident
+
+    def _serve(self, lead: Lead, process: subprocess.Popen[bytes]) -> None:
+        """Leads the ranks; once they have ended srun does, in a moment. Where a node is gone with its ranks it may not."""
+        try:
+            lead.serve()
+        except Exception:
+            traceback.print_exc()  # the keepers end, with their lead gone, and srun with them
+        for end in (process.terminate, process.kill):
+            try:
+                process.wait(_SRUN_ENDS_S)
+                return
+            except subprocess.TimeoutExpired:
+                print(f"{utc_now()} supervise: the ranks have ended, and srun has not: it is ended", flush=True)
+                end()
 
     def _settle_early(self) -> None:
         """What is certain when TERM comes: a time limit is a requeue, and a requeue is not to be held two minutes. Ranks that
@@ -341,7 +359,7 @@ class _Supervisor:
             # after the last of the ranks, whatever has happened; `_settle` makes it sooner
             self._start_in(queue.kill_wait_s() + _LOST_NODE_S, 10)
 
-    def _settle(self, exit_code: int, before: frozenset[int | None]) -> int | None:
+    def _settle(self, exit_code: int, before: frozenset[int | None], incident: Incident | None = None) -> int | None:
         """After the ranks: requeues or ends the job. Its exit code; None where the ranks start again in this allocation."""
         spec = specs.load(self.directory.spec)
         config = spec.cluster
@@ -367,6 +385,7 @@ class _Supervisor:
             restarts=self.restarts,
             lost=lost,
             elastic=config.is_elastic,
+            incident=incident,
         )
         print(f"{utc_now()} supervise: {decision.cause}: {decision.reason}: {decision.act}", flush=True)
         if decision.act == "again":
@@ -491,6 +510,11 @@ class _Supervisor:
             print(f"supervise: the event {kind} could not be written: {error}", flush=True)
             return False
         return True
+
+
+def _here() -> str:
+    """The name under which the ranks reach this process: it is on the job's first node, whichever nodes the ranks get."""
+    return os.environ.get("ARRIERO_MASTER_ADDR") or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _of_this_start(

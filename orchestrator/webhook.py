@@ -10,7 +10,9 @@ from dataclasses import asdict
 from orchestrator.record import Event
 
 URL = "ARRIERO_WEBHOOK_URL"
-KINDS = frozenset({"spike", "rewound", "recomputed", "failed", "unfit", "stopped", "finished"})
+KINDS = frozenset(
+    {"spike", "rewound", "recomputed", "failed", "unfit", "stopped", "finished", "hung", "restarted", "straggler"}
+)
 _TIMEOUT_S = 10.0
 
 

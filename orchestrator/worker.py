@@ -32,6 +32,7 @@ from orchestrator.run_dir import RunDir
 from orchestrator.shrink import shrunk
 from orchestrator.spikes.watch import SpikeWatch
 from orchestrator.webhook import post
+from slurm.pulse import pulse
 from slurm.rendezvous import Place, place
 from slurm.signals import StopFlag
 
@@ -112,7 +113,7 @@ def main(run_dir: str) -> str:
             init_method=f"tcp://{here.master_addr}:{here.master_port}",
             rank=here.rank,
             world_size=here.world_size,
-            timeout=timedelta(minutes=10),
+            timeout=timedelta(seconds=1.5 * spec.cluster.hang_timeout_slow_s),  # the keepers' watch comes first
             device_id=device if device.type == "cuda" else None,
         )
     recorder: RunRecorder | None = None
@@ -204,8 +205,9 @@ def _train(
         paused = pause_step is not None and trainer.step + 1 >= pause_step
         return paused or stop.requested is not None
 
-    trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node)
+    trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node, pulse)
     ended = trainer.run()
+    pulse("end", trainer.step)
     if ended == "failed":
         recorder.event("failed", trainer.step, f"step {trainer.step}: {watch.said}; {_GO_ON}")
         return "failed"

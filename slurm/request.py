@@ -38,6 +38,9 @@ class ClusterConfig:
     time_limit_min: int = 60 * 24
     warn_s: int = 180  # so long before the time limit Slurm warns the ranks: they save and the job is requeued
     crash_budget: int = 3  # crashes without a new checkpoint in between that are forgiven: the next one stops the run
+    hang_timeout_s: float | None = None  # so long a rank may stand within a step; null: 5 median steps, at least 60 s
+    hang_timeout_slow_s: float = 600.0  # the same where more is normal: start, first step, load, save, evaluation
+    straggler_ratio: float = 1.5  # a rank that computes so many times as long as the median rank is reported
     exclusive: bool = False  # whole nodes
     preflight: bool = True  # every node is checked before the ranks start (slurm/preflight.py)
     preflight_command: str | None = None  # the site's own check, a line of bash run on each node; not 0: unfit
@@ -78,6 +81,12 @@ class ClusterConfig:
             )
         if self.crash_budget < 0:
             found.append(f"cluster.crash_budget={self.crash_budget} must be 0 (stop at the first crash) or more")
+        if self.hang_timeout_s is not None and self.hang_timeout_s < 1:
+            found.append(f"cluster.hang_timeout_s={self.hang_timeout_s} must be at least 1, or null")
+        if self.hang_timeout_slow_s < 10:
+            found.append(f"cluster.hang_timeout_slow_s={self.hang_timeout_slow_s} must be at least 10")
+        if self.straggler_ratio <= 1:
+            found.append(f"cluster.straggler_ratio={self.straggler_ratio} must be more than 1")
         if self.spare_nodes < 0:
             found.append(f"cluster.spare_nodes={self.spare_nodes} must be 0 (none) or more")
         if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:

@@ -1,17 +1,19 @@
 """Signals set a flag; ranks agree at the step boundary. Nobody saves alone."""
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 # USR2: Slurm's warning before the time limit (--signal) and submitit's; TERM: preemption, scancel, shutdown; INT: Ctrl-C.
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-
 _early: list[str] = []
 
 
-def note_early() -> None:
-    """Remembers a stop signal that comes before there is a StopFlag. Call it before anything slow is imported."""
+def note_early(came: Sequence[str] = ()) -> None:
+    """Remembers a stop signal that comes before there is a StopFlag, and those that `came` already. Call it before anything
+    slow is imported."""
+    _early[:] = came
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: _early.append(signal.Signals(number).name))
 

@@ -24,19 +24,21 @@ from submitit.slurm.slurm import _make_sbatch_string
 from slurm import queue
 from slurm.request import CannotSubmit, JobRequest
 
-SUPERVISE = "orchestrator.supervise"
+SUPERVISE = "orchestrator.supervise"  # leads the ranks of a Slurm job
+LOCAL_LEAD = "orchestrator.local_lead:main"  # the same on this machine
+CUDA_DEVICES = "ARRIERO_CUDA_VISIBLE_DEVICES"  # of the launch; submitit hides all devices from what it starts
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a rank is told to run: "module:function", called with the run directory."""
+    """What submitit is told to run: "module:function", and its arguments."""
 
     entry: str
-    run_dir: str
+    arguments: tuple[str, ...]
 
     def __call__(self) -> Any:
         module, _, function = self.entry.partition(":")
-        return getattr(importlib.import_module(module), function)(self.run_dir)
+        return getattr(importlib.import_module(module), function)(*self.arguments)
 
 
 class Job:
@@ -57,33 +59,32 @@ class Job:
 
     def failure(self) -> str | None:
         """The first rank's error with its traceback where one failed, once the job has ended; None when all went well."""
-        for rank in self._ranks():
-            try:
-                error = rank.exception()
-            except submitit.core.utils.UncompletedJobError as uncompleted:  # ended without a result: killed
-                return str(uncompleted)
-            if error is not None:
-                return str(error)
-        return None
-
-    def _ranks(self) -> list[Any]:
-        return self._job._sub_jobs or [self._job]
+        try:
+            error = self._job.exception()
+        except submitit.core.utils.UncompletedJobError as uncompleted:  # ended without a result: killed
+            return str(uncompleted)
+        if error is not None:
+            return str(error)
+        said: str | None = self._job.result()
+        return said
 
 
 def submit(request: JobRequest) -> Job:
-    """Starts the job on this machine. The ranks write to `<run_dir>/logs/`."""
+    """Starts the job on this machine: one process that leads the ranks. They write to `<run_dir>/logs/`."""
     cluster = request.cluster
     executor = submitit.LocalExecutor(Path(request.run_dir) / "logs")
     executor.update_parameters(
         nodes=1,
-        tasks_per_node=cluster.gpus_per_node,
+        tasks_per_node=1,
         gpus_per_node=0,
         timeout_min=cluster.time_limit_min,
         stderr_to_stdout=True,
     )
     os.environ["PYTHONSAFEPATH"] = "1"  # for the ranks: a model.py in the folder of the launch is not ours
+    if (devices := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        os.environ[CUDA_DEVICES] = devices
     with _ignored(signal.SIGINT, signal.SIGHUP):
-        return Job(executor.submit(Entry(request.entry, request.run_dir)))
+        return Job(executor.submit(Entry(LOCAL_LEAD, (request.run_dir, request.entry))))
 
 
 @contextmanager
