@@ -33,7 +33,9 @@ from slurm import lemons, queue
 from slurm.lead import Incident, Lead
 from slurm.rendezvous import expand_hostlist
 
-Cause = Literal["timeout", "preempted", "requeued", "node_failure", "crash", "error", "user", "finished", "person"]
+Cause = Literal[
+    "timeout", "preempted", "requeued", "node_failure", "crash", "error", "user", "finished", "paused", "person"
+]
 _PREFLIGHT_S = 180.0  # and a second more for every fourth node
 _REJECTIONS = 3  # starts in a row that the preflight may refuse
 _OWN_FAULTS = 3  # of the supervisor itself, without a new checkpoint in between
@@ -94,6 +96,8 @@ def decide(
         return Decision("end", "person", last.detail)
     if ended := ended_by_slurm(job, restarts):
         return ended
+    if last is not None and last.data.get("paused"):  # by a sweep's halving, which submits it again or drops it
+        return Decision("end", "paused", last.detail)
     # Slurm warns up to a minute early.
     near_end = job is not None and job.time_left_s is not None and job.time_left_s <= warn_s + 90
     if last is not None and last.kind == "stopped":
@@ -393,7 +397,7 @@ class _Supervisor:
         if decision.act == "end":
             if decision.cause == "user":
                 self._tell_cancelled(decision.reason)
-            if decision.cause in ("finished", "user"):
+            if decision.cause in ("finished", "user", "paused"):
                 return 0
             if decision.cause != "person":
                 detail = f"{decision.cause}: {decision.reason}"

@@ -31,6 +31,7 @@ from orchestrator.errors import Failure, UserError
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec
+from orchestrator.sweep_optuna import Search, optimise, search_of
 from orchestrator.sweep_slurm import submit_points, wait_for
 
 JOURNAL = "sweep.json"
@@ -72,29 +73,42 @@ class Journal:
 
 def expand(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[str, list[Point]]:
     """The sweep's name and its points, of overrides in Hydra's grammar. Raises UserError."""
+    parsed = _parse(overrides, config_dir)
+    try:
+        lines = BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException as error:
+        raise UserError(f"{str(error).splitlines()[0]} ({' '.join(overrides)})") from None
+    swept = {o.get_key_element() for o in parsed if o.is_sweep_override()}
+    points = {point.id: point for point in (_point(line, swept) for line in lines)}
+    return _sweep_name(parsed, swept), list(points.values())
+
+
+def _parse(overrides: Sequence[str], config_dir: Path | None) -> list[Override]:
     search = create_config_search_path("pkg://hydra_conf")
     if config_dir:
         search.append("user", f"file://{config_dir.resolve()}")
     try:
-        parsed = OverridesParser.create(ConfigLoaderImpl(search)).parse_overrides(
-            list(overrides)
-        )  # glob(*) looks there
-        lines = BasicSweeper.split_arguments(parsed, None)[0]
+        loader = ConfigLoaderImpl(search)  # glob(*) looks there
+        parsed = OverridesParser.create(loader).parse_overrides(list(overrides))
     except HydraException as error:
         raise UserError(f"{str(error).splitlines()[0]} ({' '.join(overrides)})") from None
     swept = {o.get_key_element() for o in parsed if o.is_sweep_override()}
     if clash := swept & {"name", "run_root"}:
         raise UserError(f"{', '.join(sorted(clash))} cannot be swept: each point gets its own directory in the sweep's")
-    points: dict[str, Point] = {}
-    for line in lines:
-        values = dict(part.split("=", 1) for part in line if "=" in part)
-        content = sorted(p for p in line if p.split("=")[0] in swept or _top(p) not in _NOT_CONTENT)
-        kept = [p for p in line if p.split("=")[0] not in ("name", "run_root")]
-        readable = ",".join(f"{key.rsplit('.', 1)[-1]}={values[key]}" for key in sorted(swept))
-        readable = re.sub(r"[^A-Za-z0-9.,=+-]+", "_", readable)[:80] or "point"
-        name = _hash(content)
-        points.setdefault(name, Point(id=name, directory=f"{readable}-{name}", overrides=kept))
-    return _sweep_name(parsed, swept), list(points.values())
+    return parsed
+
+
+def _point(line: Sequence[str], swept: set[str]) -> Point:
+    """`line`: overrides of one value each."""
+    values = dict(part.split("=", 1) for part in line if "=" in part)
+    content = sorted(p for p in line if p.split("=")[0] in swept or _top(p) not in _NOT_CONTENT)
+    readable = ",".join(f"{key.rsplit('.', 1)[-1]}={values[key]}" for key in sorted(swept))
+    readable = re.sub(r"[^A-Za-z0-9.,=+-]+", "_", readable)[:80] or "point"
+    return Point(
+        id=(name := _hash(content)),
+        directory=f"{readable}-{name}",
+        overrides=[p for p in line if p.split("=")[0] not in ("name", "run_root")],
+    )
 
 
 def _top(override: str) -> str:
@@ -128,12 +142,22 @@ def launch_sweep(
 ) -> int:
     """Runs what is missing or failed of the sweep that `overrides` describe. 0 when none of it failed, else 1.
 
-    On Slurm it comes back when all is queued, or with `wait` when all has ended.
+    On Slurm it comes back when all is queued, or with `wait` when all has ended. With `hydra/sweeper=optuna` the points are
+    Optuna's choice, and it waits for each batch.
 
     `halving`: successive halving (arXiv 1502.07943) from that step on: every point trains so far, the better half goes on to
     twice as many steps, and so on.
     """
-    name, points = expand(overrides, config_dir)
+    of_hydra = [o for o in overrides if o.startswith(("hydra.", "hydra/"))]
+    search = search_of({key: value for key, _, value in (o.partition("=") for o in of_hydra)})
+    ours = [o for o in overrides if o not in of_hydra]
+    if search is not None:
+        if halving is not None:
+            raise UserError(
+                "--halving is of a grid of points; Optuna's are chosen by their last loss: give one of both"
+            )
+        return _launch_search(search, ours, config_dir, limit_parallel, wait)
+    name, points = expand(ours, config_dir)
     resolved = _composed(points, config_dir)
     first = resolved[0]
     kinds = {s.cluster.kind for s in resolved}
@@ -141,15 +165,10 @@ def launch_sweep(
         raise UserError(
             f"one sweep runs on Slurm or on this machine, and these points ask for {' and '.join(sorted(kinds))}"
         )
-    if limit_parallel is not None and (limit_parallel < 1 or (limit_parallel > 1 and "local" in kinds)):
-        raise UserError(
-            f"--limit-parallel {limit_parallel}: it must be at least 1, and on cluster=local, where each point takes the whole "
-            f"machine, no more than 1"
-        )
-    if halving is not None and "local" not in kinds:
-        raise UserError("--halving runs on cluster=local only so far: sweep without it")
+    _refuse_limit(limit_parallel, first)
     if halving is not None:
         _refuse_unequal(halving, resolved)
+        _refuse_unwaited("--halving", first, wait)
     root = (Path(first.run_root) / name).resolve()
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
@@ -159,19 +178,143 @@ def launch_sweep(
         todo = [(p, s) for p, s in zip(points, resolved, strict=True) if not _finished(s)]
         shown = launching._short(root)
         print(f"sweep {shown}: {len(points)} points, {len(points) - len(todo)} finished, {len(todo)} to run")
-        if first.cluster.kind == "slurm":
+        if first.cluster.kind == "slurm" and not wait:
+            _pause_at(todo, None)
             submit_points(root, todo, limit_parallel)
-            return wait_for(root, todo) if wait else 0
-        try:
+            return 0
+        with _stoppable(first):
             if halving is not None:
-                ok = _halve(list(zip(points, resolved, strict=True)), halving)
+                ok = _halve(root, list(zip(points, resolved, strict=True)), halving, limit_parallel)
             else:
-                ok = all([_run(f"{n}/{len(todo)}", p, s) for n, (p, s) in enumerate(todo, 1)])
-        except (KeyboardInterrupt, _Stopped) as stopped:
-            print(f"{str(stopped) or 'stopped'}. To go on, run the same command again.")
-            return 1
-    print(f"{sum(_finished(s) for _, s in todo)} of {len(todo)} finished; see them with `arriero sweep report {shown}`")
-    return 0 if ok else 1
+                ok = _train(root, todo, limit_parallel)
+            print(
+                f"{sum(_finished(s) for _, s in todo)} of {len(todo)} finished; "
+                f"see them with `arriero sweep report {shown}`"
+            )
+            return 0 if ok else 1
+    return 1
+
+
+def _launch_search(
+    search: Search, overrides: Sequence[str], config_dir: Path | None, limit_parallel: int | None, wait: bool
+) -> int:
+    """The points that Optuna chooses, each a run like any other: one that is finished is not trained again."""
+    parsed = _parse(overrides, config_dir)
+    swept = [o for o in parsed if o.is_sweep_override()]
+    keys = {o.get_key_element() for o in swept}
+    if not swept:
+        raise UserError("nothing is left to choose: give Optuna ranges, such as optim.lr=tag(log,interval(1e-4,1e-2))")
+    if where := sorted(k for k in keys if _top(k) in _NOT_CONTENT):
+        raise UserError(f"{', '.join(where)} says where and how a run runs, which changes no loss: choose one value")
+    fixed = list(BasicSweeper.split_arguments([o for o in parsed if not o.is_sweep_override()], None)[0][0])
+    first = specs.compose(fixed, config_dir)
+    _refuse_limit(limit_parallel, first)
+    _refuse_unwaited("hydra/sweeper=optuna", first, wait)
+    root = (Path(first.run_root) / _sweep_name(parsed, keys)).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    shown = launching._short(root)
+
+    def run(lines: list[list[str]]) -> list[float | None]:
+        chosen = [_point(line, keys) for line in lines]
+        points = _entered(root, list({p.id: p for p in chosen}.values()))
+        runs: dict[str, RunSpec] = {}
+        for point, spec in zip(points, specs.compose_many([p.overrides for p in points], config_dir), strict=True):
+            if isinstance(spec, str):
+                print(f"{point.directory} cannot run: {spec}", flush=True)
+                continue
+            spec.name, spec.run_root = point.directory, str(root)
+            runs[point.id] = spec
+            if _finished(spec):
+                print(f"{point.directory} is finished already: its loss is taken", flush=True)
+        _train(root, [(p, runs[p.id]) for p in points if p.id in runs and not _finished(runs[p.id])], limit_parallel)
+        return [_last_loss(s) if (s := runs.get(p.id)) and _finished(s) else None for p in chosen]
+
+    with _alone(root), _stoppable(first):
+        print(
+            f"sweep {shown}: {search.n_trials} trials, {search.n_jobs} at a time, chosen by Optuna ({search.sampler})"
+        )
+        content = sorted(f for f in fixed if _top(f) not in _NOT_CONTENT)
+        ok = optimise(root, search, fixed, content, swept, run)
+        print(f"see them with `arriero sweep report {shown}`")
+        return 0 if ok else 1
+    return 1
+
+
+def _refuse_limit(limit_parallel: int | None, spec: RunSpec) -> None:
+    if limit_parallel is not None and (limit_parallel < 1 or (limit_parallel > 1 and spec.cluster.kind == "local")):
+        raise UserError(
+            f"--limit-parallel {limit_parallel}: it must be at least 1, and on cluster=local, where each point takes the whole "
+            f"machine, no more than 1"
+        )
+
+
+def _refuse_unwaited(what: str, spec: RunSpec, wait: bool) -> None:
+    if spec.cluster.kind == "slurm" and not wait:
+        raise UserError(
+            f"{what} decides by what points have come to, so on Slurm this command must wait for them: add --wait (cut off, the "
+            f"same command goes on)"
+        )
+
+
+@contextlib.contextmanager
+def _stoppable(spec: RunSpec) -> Iterator[None]:
+    """Ctrl-C, or a point that was stopped, ends the command; the same one goes on."""
+    try:
+        yield
+    except (KeyboardInterrupt, _Stopped) as stopped:
+        queued = " What is queued or runs goes on by itself." if spec.cluster.kind == "slurm" else ""
+        print(f"{str(stopped) or 'stopped'}.{queued} To go on, run the same command again.")
+
+
+def _train(
+    root: Path, todo: Sequence[tuple[Point, RunSpec]], limit_parallel: int | None, at: int | None = None
+) -> bool:
+    """Each to its end, or to step `at`, where it pauses; whether all came there."""
+    if not todo:
+        return True
+    if todo[0][1].cluster.kind == "local":
+        head = f"step {at}: " if at else ""
+        return all([_run(f"{head}{n}/{len(todo)}", p, s, at) for n, (p, s) in enumerate(todo, 1)])
+    _pause_at(todo, at)
+    submit_points(root, todo, limit_parallel)
+    wait_for(root)
+    there = True
+    for point, spec in todo:
+        if _finished(spec):
+            loss = _last_loss(spec)
+            print(f"  {point.directory}: finished" + (f", loss {loss:.4f}" if loss is not None else ""), flush=True)
+        elif at is None or _steps_done(spec) < at:
+            last = next(iter(read_events(RunDir(spec.run_dir).events)[-1:]), None)
+            print(
+                f"  {point.directory}: not finished: {last.detail.splitlines()[0] if last else 'it never began'}",
+                flush=True,
+            )
+            there = False
+    return there
+
+
+def _pause_at(todo: Sequence[tuple[Point, RunSpec]], step: int | None) -> None:
+    for _, spec in todo:
+        run_dir = RunDir(spec.run_dir)
+        if step is None:
+            run_dir.pause.unlink(missing_ok=True)
+        else:
+            run_dir.root.mkdir(parents=True, exist_ok=True)
+            run_dir.pause.write_text(f"{step}\n")
+
+
+def _last_loss(spec: RunSpec) -> float | None:
+    """Held-out, or where none was taken the mean of the last tenth of the training losses. inf where it diverged."""
+    run_dir = RunDir(spec.run_dir)
+    held_out = [
+        float(e.data["loss"]) for e in read_events(run_dir.events) if e.kind == "evaluated" and "loss" in e.data
+    ]
+    if held_out:
+        return held_out[-1]
+    columns = read_columns(run_dir.records)
+    kept = columns.where(columns.kept())
+    loss = kept["loss"][kept["step"] > 0.9 * spec.steps]
+    return float(loss.mean()) if len(loss) else None
 
 
 def _finished(spec: RunSpec) -> bool:
@@ -195,15 +338,14 @@ def _refuse_unequal(halving: int, resolved: Sequence[RunSpec]) -> None:
             )
 
 
-def _halve(points: list[tuple[Point, RunSpec]], first_step: int) -> bool:
+def _halve(root: Path, points: list[tuple[Point, RunSpec]], first_step: int, limit_parallel: int | None) -> bool:
     """Whether none failed. Each comparison is of all who came so far, so that a command that was cut off decides alike again."""
     steps = points[0][1].steps
     alive, rung, ok = points, first_step, True
     while alive:
-        at = min(rung, steps)
+        at = min(rung, steps) if len(alive) > 1 else steps
         todo = [(p, s) for p, s in alive if not _finished(s) and _steps_done(s) < at]
-        for number, (p, s) in enumerate(todo, 1):
-            ok &= _run(f"step {at}: {number}/{len(todo)}", p, s, pause_step=at if at < steps else None)
+        ok &= _train(root, todo, limit_parallel, at if at < steps else None)
         if at == steps:
             break
         losses = {p.id: loss for p, s in alive if (loss := _loss_at(s, at)) is not None}
@@ -284,10 +426,7 @@ def _run(head: str, point: Point, spec: RunSpec, pause_step: int | None = None) 
     print(f"{head}  {point.directory} ...", flush=True)
     started = time.monotonic()
     run_dir.logs.mkdir(parents=True, exist_ok=True)
-    if pause_step:
-        run_dir.pause.write_text(f"{pause_step}\n")
-    else:
-        run_dir.pause.unlink(missing_ok=True)
+    _pause_at([(point, spec)], pause_step)
     failure = ""
     try:
         with (run_dir.logs / "launch.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
@@ -307,8 +446,8 @@ def _run(head: str, point: Point, spec: RunSpec, pause_step: int | None = None) 
         if pause_step and _steps_done(spec) >= pause_step:
             return True
         raise _Stopped(f"stopped in {point.directory}, saved")
-    evaluated = [e.data["loss"] for e in read_events(run_dir.events) if e.kind == "evaluated" and "loss" in e.data]
-    print(f"  finished in {took}" + (f", held-out loss {evaluated[-1]:.4f}" if evaluated else ""), flush=True)
+    loss = _last_loss(spec)
+    print(f"  finished in {took}" + (f", loss {loss:.4f}" if loss is not None else ""), flush=True)
     return True
 
 

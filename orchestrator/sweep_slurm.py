@@ -50,7 +50,7 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
     fresh: list[tuple[_Point, RunSpec]] = []
     for point, spec in todo:
         run_dir = RunDir(spec.run_dir)
-        if point.directory in live or find(run_dir.submission):
+        if point.directory in live or _submitted_alone(run_dir.submission):
             continue
         if missing := spec.layout.not_built():
             raise UserError("\n".join(missing))
@@ -79,6 +79,11 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
             job_id = _submit(root, part, cluster, code, limit)
             at_once = f", {limit} at a time" if limit else ""
             print(f"job array {job_id}: {len(part)} points on {cluster.name}{at_once}")
+
+
+def _submitted_alone(journal: Path) -> bool:
+    """Whether a job of its own, as of `arriero resume`, is queued or runs. Those of arrays are in the sweep's own journals."""
+    return journal.exists() and "." not in json.loads(journal.read_text())["token"] and find(journal) is not None
 
 
 def _by_cluster(fresh: Sequence[tuple[_Point, RunSpec]]) -> list[tuple[ClusterConfig, list[RunSpec]]]:
@@ -146,14 +151,7 @@ def live_points(root: Path) -> dict[str, str] | None:
     return found
 
 
-def wait_for(root: Path, todo: Sequence[tuple[_Point, RunSpec]]) -> int:
-    """Until no point is queued or runs any more: 0 when all are finished, else 1. Ctrl-C leaves them to themselves."""
-    try:
-        while live_points(root) != {}:  # also where Slurm does not answer for a while
-            time.sleep(_LOOK_S)
-    except KeyboardInterrupt:
-        print("left to themselves: the points go on; `arriero sweep status` tells how far")
-        return 1
-    finished = sum(launching.is_finished(RunDir(spec.run_dir)) for _, spec in todo)
-    print(f"{finished} of {len(todo)} finished; see them with `arriero sweep report {launching._short(root)}`")
-    return 0 if finished == len(todo) else 1
+def wait_for(root: Path) -> None:
+    """Until no point is queued or runs any more."""
+    while live_points(root) != {}:  # also where Slurm does not answer for a while
+        time.sleep(_LOOK_S)

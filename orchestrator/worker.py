@@ -202,8 +202,9 @@ def _train(
     pause_step = directory.pause_step()
 
     def stop_requested() -> bool:
-        paused = pause_step is not None and trainer.step + 1 >= pause_step
-        return paused or stop.requested is not None
+        reached = pause_step is not None and trainer.step + 1 >= pause_step
+        # looked at again there: a sweep without halving has taken it away
+        return (reached and directory.pause_step() is not None) or stop.requested is not None
 
     trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node, pulse)
     ended = trainer.run()
@@ -213,7 +214,9 @@ def _train(
         return "failed"
     if ended == "stopped":
         why = f" ({stop.requested})" if stop.requested else ""
-        recorder.event("stopped", trainer.step, f"asked to stop{why}: saved at step {trainer.step} of {spec.steps}")
+        said = f"asked to stop{why}: saved at step {trainer.step} of {spec.steps}"
+        paused = stop.requested is None and pause_step is not None and trainer.step >= pause_step
+        recorder.event("stopped", trainer.step, said, paused=paused)
         return "stopped"
     sample = _sample(trainer, prepared, loader)
     if sample and ranks.is_main:

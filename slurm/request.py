@@ -121,6 +121,7 @@ class JobRequest:
     begin: str | None = None  # not before this time, as sbatch --begin takes it
     exclude: tuple[str, ...] = ()  # nodes, beside cluster.exclude
     array: "ArrayRequest | None" = None  # many runs in one job; `run_dir` is then where its script and logs go
+    supervised: bool = True  # false: the ranks are all there is; a job that ends badly has failed
 
 
 @dataclass(frozen=True, kw_only=True)

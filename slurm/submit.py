@@ -253,13 +253,15 @@ def _run_word(request: JobRequest) -> str:
 
 
 def _job_command(request: JobRequest) -> str:
-    """What the batch script comes to: the supervisor, with the srun that it starts the ranks with."""
+    """What the batch script comes to: the supervisor, with the srun that it starts the ranks with; or srun alone."""
     run = _run_word(request)
     log = str(submitit.core.utils.JobPaths(Path(request.run_dir) / "logs").stdout)
     srun = ["srun", "--unbuffered", f"--output={log.replace('%j', '%A_%a') if request.array else log}"]
     # Slurm 22.05 and later: srun no longer takes --cpus-per-task from the job. One dead rank ends the others at once.
     srun += ["--kill-on-bad-exit=1", f"--cpus-per-task={request.cluster.cpus_per_gpu}"]
     ranks = [sys.executable, "-u", "-m", "slurm.rank", request.entry]
+    if not request.supervised:
+        return f"exec {shlex.join([*srun, *ranks])} {run}"
     # exec: TERM, which comes before an end or a requeue, goes to the supervisor itself.
     return f"exec {shlex.join([sys.executable, '-u', '-m', SUPERVISE])} {run} {shlex.join([*srun, *ranks])} {run}"
 

@@ -48,6 +48,11 @@ def test_causes_are_told_apart(
     assert (said.act, said.cause) == expected
 
 
+def test_a_run_that_halving_has_paused_waits_for_the_sweep_and_not_in_the_queue() -> None:
+    said = decide(event("stopped", 10, paused=True), 0, job(), False, 0, 3, 180.0)
+    assert (said.act, said.cause) == ("end", "paused")
+
+
 def test_a_new_checkpoint_forgives_crashes_and_other_causes_never_count() -> None:
     crash, timeout = event("requeued", cause="crash"), event("requeued", cause="timeout")
     assert crashes_so_far([event("saved", 10), crash, timeout, crash]) == 2
