@@ -29,6 +29,7 @@ class _LocalLead:
         self.spec = specs.load(directory.spec)
         self.job_id = os.environ["SUBMITIT_LOCAL_JOB_ID"]
         self.keepers: list[subprocess.Popen[bytes]] = []
+        self.posts: list[threading.Thread] = []
         self.stopping = False
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # Ctrl-C, which the command passes on itself
@@ -85,9 +86,13 @@ class _LocalLead:
     def tell(self, kind: str, step: int, detail: str, **data: object) -> None:
         event = Event(time_utc=utc_now(), kind=kind, step=step, detail=detail, data=data)
         print(f"{event.time_utc} {kind}: {detail}", flush=True)
-        post(event, self.directory.root.name)
-        with JsonlWriter(self.directory.events / "supervise.jsonl") as events:
-            events.write(event, durable=True)
+        if thread := post(event, self.directory.root.name):
+            self.posts.append(thread)
+        try:
+            with JsonlWriter(self.directory.events / "supervise.jsonl") as events:
+                events.write(event, durable=True)
+        except OSError as error:  # a full disk: the ranks are started again all the same
+            print(f"the event {kind} could not be written: {error}", flush=True)
 
 
 def _told(incident: Incident) -> str:
@@ -98,4 +103,9 @@ def main(run_dir: str, entry: str) -> str | None:
     """Runs `entry` on every rank until all have ended: why the run failed, where it did."""
     directory = RunDir(Path(run_dir))
     with directory.at_work():
-        return _LocalLead(directory, entry).run()
+        lead = _LocalLead(directory, entry)
+        try:
+            return lead.run()
+        finally:
+            for thread in lead.posts:
+                thread.join(10)

@@ -334,10 +334,7 @@ class _Supervisor:
 
     def _serve(self, lead: Lead, process: subprocess.Popen[bytes]) -> None:
         """Leads the ranks; once they have ended srun does, in a moment. Where a node is gone with its ranks it may not."""
-        try:
-            lead.serve()
-        except Exception:
-            traceback.print_exc()  # the keepers end, with their lead gone, and srun with them
+        lead.serve()
         for end in (process.terminate, process.kill):
             try:
                 process.wait(_SRUN_ENDS_S)

@@ -16,6 +16,7 @@ import selectors
 import socket
 import statistics
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -28,6 +29,7 @@ _GRACE_S = 0.3  # after the first bad end, for those that say more about its cau
 _GRACE_AT_START_S = 3.0  # the same before the first step: do all ranks fail alike?
 _LOOK_S = 4.0  # within which a keeper says where its rank stands
 _GONE_S = 15.0  # within which a killed rank is gone
+_STRANGER_S = 60.0  # within which a connection proves itself
 _HELLO_BYTES = 4096
 _LINE_BYTES = 1 << 20
 _ROUND_S = 2.0  # between two comparisons of the ranks' paces
@@ -72,7 +74,7 @@ class Run(Protocol):
     def straggles(self, slow: Slow) -> None: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class _Keeper:
     connection: socket.socket
     buffer: bytes = b""
@@ -108,6 +110,7 @@ class Lead:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._keepers: dict[int, _Keeper] = {}
+        self._strangers: list[_Keeper] = []  # that have not said who they are
         self._well: list[_Keeper] = []  # whose ranks have ended well: the run is over, for good or for now
         self._paces = Paces(ranks, slow_ratio)
         self.generation = 0
@@ -118,12 +121,15 @@ class Lead:
     def serve(self) -> None:
         """Until all ranks have ended and are not to be started again, and their keepers with them."""
         try:
-            self.incident = self._lead()
-        except _Lost as lost:
-            self.incident = Incident(cause="lost", rank=lost.rank, node=lost.node, detail=str(lost))
-        try:
+            try:
+                self.incident = self._lead()
+            except _Lost as lost:
+                self.incident = Incident(cause="lost", rank=lost.rank, node=lost.node, detail=str(lost))
             self._end(self.incident.exit_code if self.incident else 0)
-        finally:
+        except Exception as error:
+            traceback.print_exc()
+            self.incident = Incident(cause="lost", rank=None, node="", detail=f"the lead itself failed: {error}")
+        finally:  # the keepers end, where they have not
             for key in list(self._selector.get_map().values()):
                 key.fileobj.close()  # type: ignore[union-attr]
             self._selector.close()
@@ -287,8 +293,7 @@ class Lead:
             keeper: _Keeper = key.data
             said = self._read(keeper)
             if said is None:
-                self._selector.unregister(keeper.connection)
-                keeper.connection.close()
+                self._drop(keeper)
                 if self._keepers.get(keeper.rank) is keeper:
                     lost = self._keepers.pop(keeper.rank)
                 continue
@@ -296,19 +301,27 @@ class Lead:
                 if "stopping" in message:
                     self.stopping = True
                 heard.append((keeper, message))
-        for key in list(self._selector.get_map().values()):  # whoever does not say who it is does not stay
-            if key.data is not None and key.data.rank < 0 and time.monotonic() - key.data.since_s > 10:
-                self._selector.unregister(key.fileobj)
-                key.data.connection.close()
+        for stranger in [s for s in self._strangers if time.monotonic() - s.since_s > _STRANGER_S]:
+            self._drop(stranger)
         if lost is not None and not losing:
             raise _Lost(lost.rank, lost.node, "its keeper is gone")
         return heard
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        connection.settimeout(10.0)  # for what is sent: a few bytes, that fit into the system's buffers
-        keep_alive(connection)
-        self._selector.register(connection, selectors.EVENT_READ, _Keeper(connection))
+        with contextlib.suppress(OSError):  # until there is none left
+            while True:
+                connection, _ = self._listener.accept()
+                connection.settimeout(10.0)  # for what is sent: a few bytes, that fit into the system's buffers
+                keep_alive(connection)
+                stranger = _Keeper(connection)
+                self._strangers.append(stranger)
+                self._selector.register(connection, selectors.EVENT_READ, stranger)
+
+    def _drop(self, keeper: _Keeper) -> None:
+        if keeper in self._strangers:
+            self._strangers.remove(keeper)
+        self._selector.unregister(keeper.connection)
+        keeper.connection.close()
 
     def _read(self, keeper: _Keeper) -> list[dict[str, Any]] | None:
         """Whole lines of one keeper, none of them its greeting; None where the connection is to be closed."""
@@ -333,6 +346,7 @@ class Lead:
         ours = hmac.compare_digest(str(hello["token"]).encode(), self._token.encode())
         if not ours or rank in self._keepers or not 0 <= rank < self.ranks:
             raise ValueError
+        self._strangers.remove(keeper)
         keeper.rank, keeper.node = rank, str(hello["node"])
         self._keepers[rank] = keeper
 

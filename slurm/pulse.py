@@ -11,7 +11,7 @@ from mmap import mmap
 PHASES = ("start", "load", "data", "compute", "collective", "update", "evaluate", "save", "end")
 IN_STEP = frozenset(("data", "compute", "collective", "update"))
 SIZE_BYTES = 64
-FLOOR_S = 60.0  # the least that cluster.hang_timeout_s=null allows
+FLOOR_S = 120.0  # the least that cluster.hang_timeout_s=null allows
 STEPS_ALLOWED = 5.0  # and that many median steps
 
 

@@ -38,7 +38,7 @@ class ClusterConfig:
     time_limit_min: int = 60 * 24
     warn_s: int = 180  # so long before the time limit Slurm warns the ranks: they save and the job is requeued
     crash_budget: int = 3  # crashes without a new checkpoint in between that are forgiven: the next one stops the run
-    hang_timeout_s: float | None = None  # so long a rank may stand within a step; null: 5 median steps, at least 60 s
+    hang_timeout_s: float | None = None  # so long a rank may stand within a step; null: 5 median steps, at least 120 s
     hang_timeout_slow_s: float = 600.0  # the same where more is normal: start, first step, load, save, evaluation
     straggler_ratio: float = 1.5  # a rank that computes so many times as long as the median rank is reported
     exclusive: bool = False  # whole nodes

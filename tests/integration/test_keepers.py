@@ -39,7 +39,7 @@ def test_dead_and_hung_ranks_are_restarted_told_and_leave_no_trace_in_the_losses
         Fault(kind="gil", rank=0, step=25),
     ]
     write(run_dir(workplace, name).faults, faults)
-    done = launch(workplace, name, *TWO_RANKS, "cluster.hang_timeout_s=4")
+    done = launch(workplace, name, *TWO_RANKS, "cluster.hang_timeout_s=5")
     assert done.returncode == 0, done.stderr
     assert losses(workplace, name) == undisturbed
     restarted = [(e.data["cause"], e.data["rank"], e.data["signal"]) for e in events(workplace, name, "restarted")]
