@@ -167,9 +167,11 @@ def _last_event(path: Path) -> Event | None:
 
 
 def show(found: Sequence[RunRow], as_json: bool, details: bool) -> int:
-    """Prints the rows. Exit code 1 where one run was asked for and it has failed."""
+    """Prints the rows, with `details` of the first also what happened to it. Exit code 1 where that one has failed."""
+    told = _told(RunDir(Path(found[0].run_dir))) if details and found else []
     if as_json:
-        print(json.dumps([asdict(r) for r in found], indent=2))
+        events = {"events": [asdict(e) for e in told]} if details else {}
+        print(json.dumps([asdict(r) | events for r in found], indent=2))
     elif not found:
         print("no runs")
     else:
@@ -191,13 +193,12 @@ def show(found: Sequence[RunRow], as_json: bool, details: bool) -> int:
                 r.why,
             )
         Console(highlight=False, soft_wrap=False, width=None if Console().is_terminal else 200).print(table)
-        if details:
-            _print_events(RunDir(Path(found[0].run_dir)))
+        for event in told:
+            print(f"  {event.time_utc[:19]}Z  {event.kind:12} {event.detail}")
     return 1 if details and found and found[0].state == "failed" else 0
 
 
-def _print_events(run: RunDir) -> None:
-    """What happened to a run: the starts, and every verdict that changed it."""
-    told = [e for e in read_events(run.events) if e.kind not in ("saved", "removed", "evaluated", "loaded", "faults")]
-    for event in told[-20:]:
-        print(f"  {event.time_utc[:19]}Z  {event.kind:12} {event.detail}")
+def _told(run: RunDir) -> list[Event]:
+    """The last that happened to a run: the starts, and every verdict that changed it."""
+    dull = ("saved", "removed", "evaluated", "loaded", "faults")
+    return [e for e in read_events(run.events) if e.kind not in dull][-20:]

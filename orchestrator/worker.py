@@ -189,7 +189,12 @@ def _train(
         gpus=here.world_size,
     )
     watch = SpikeWatch(
-        spec.spikes, _past_events(directory, ranks), store.history_steps, loader.data_batch, recorder.event
+        spec.spikes,
+        _past_events(directory, ranks),
+        store.history_steps,
+        loader.data_batch,
+        recorder.event,
+        changes=[spec.optim.warmup_steps + 1],
     )
     make: Callable[..., Trainer] = Trainer
     if directory.faults.exists():

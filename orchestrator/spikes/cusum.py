@@ -5,16 +5,20 @@
 2. Scale: the median distance from the trend, tracked by a stochastic quantile (no outlier moves it by more than one notch).
 3. Tail: the upper quantile of the *isolated* exceedances, those that the next observation takes back. A run whose batches
    stand out now and then, and do no harm, thereby learns to expect it: scores shrink by what its tail exceeds the normal's.
+   Noise with memory (data that are not well shuffled, a logger that averages) stays up for longer by itself: the share of
+   successive distances on the same side gives its correlation (the arcsine law), and scores shrink by the square root of
+   (1 + rho) / (1 - rho), by which a sum of such noise is wider than one of independent noise.
 4. Spike: a one-sided CUSUM (Page, "Continuous inspection schemes", Biometrika 1954) of the capped scores. One observation alone
    cannot reach the threshold, a second one must stand out too; if it does not, the first was one batch's outlier and its
    share is taken back.
 5. Slow divergence: an exponential mean of the scores over SLOW observations against its own learnt scale, so that a run
    that wanders is allowed to wander; and, for what rises too slowly even for that, the trend's height above its lowest point.
-6. Where the gradient norm is known, its logarithm goes through 1 to 5 as well and must agree: a level that moves without the
-   gradient is other data, not a spike.
+6. Where the gradient norm is known, its logarithm goes through 1 to 5 as well (but for the memory) and must agree: a level that
+   moves without the gradient is other data, not a spike.
 
-A declared change (learning-rate restart, change of mix) is treated like the start of a run: the trend is found anew and
-nothing is judged meanwhile; scale and tail are kept. All thresholds are in units of the run's own noise.
+A declared change (end of the warm-up, another learning rate, another mix) is treated like the start of a run: the trend is
+found anew and nothing is judged meanwhile; what was learnt of the noise is kept. All thresholds are in units of the run's own
+noise.
 """
 
 import math
@@ -49,7 +53,10 @@ TAIL_GAIN = 0.02
 STANDS_OUT = 3.5  # a score above which one observation alone is held back for the next
 TAKEN_BACK = 1.0  # a next score below which it was one batch
 NOT_TAIL = 1.5  # z below which the previous observation counts as isolated
+MEMORY_WINDOW = 512.0  # observations
+USUAL_MEMORY = 0.3  # correlation that a trend which lags, and the spikes themselves, leave in any run
 GRAD_CAP, GRAD_DRIFT, GRAD_SLOW = 4.0, 0.5, 1.0
+GRAD_LEAST = 0.1  # of the logarithm: a gradient norm that moves by less than a tenth says nothing
 GRAD_RISE = 1.0  # scales by which the gradient norm's own trend must have risen with the loss's
 UNAIDED = 3.0  # times the threshold, from which a rise is one whatever the gradient says
 USUAL = 1.0  # of its own scale: below it a slow mean or a rise has not begun
@@ -70,6 +77,7 @@ class Cusum:
         self.level = self.slope = 0.0
         self.scale = 1e-9
         self.tail = TAIL
+        self.memory = 0.0  # how much oftener successive distances are on the same side of the trend than on either
         self.previous = 0.0  # the previous observation's distance, in scales
         self.previous_score = 0.0
         self.cusum = self.pending = 0.0
@@ -161,8 +169,12 @@ class Cusum:
         # 3: the tail of what the next observation takes back
         if z < NOT_TAIL:
             self.tail = _tracked(self.tail, self.previous, p.tail_rate)
+        if self.cusum < p.threshold:
+            self.memory += ((1.0 if (z > 0) == (self.previous > 0) else -1.0) - self.memory) / MEMORY_WINDOW
         self.previous = z
         score = z * TAIL / self.tail / (1 + YOUNG / age) if z > 0 else z
+        if score > 0 and (rho := math.sin(math.pi / 2 * self.memory) - USUAL_MEMORY) > 0:
+            score /= math.sqrt((1 + rho) / (1 - rho))
         score = min(max(score, -CLIP), p.threshold)
 
         # 4: spike
@@ -199,6 +211,8 @@ class Cusum:
             if grad_z < NOT_TAIL:
                 self.grad_tail = _tracked(self.grad_tail, self.grad_previous, p.tail_rate)
             self.grad_previous = grad_z
+            if self.grad_scale < GRAD_LEAST:
+                grad_z *= self.grad_scale / GRAD_LEAST
             grad_score = min(max(grad_z * TAIL / self.grad_tail if grad_z > 0 else grad_z, -CLIP), GRAD_CAP)
             self.grad_cusum = max(0.0, min(self.grad_cusum + grad_score - GRAD_DRIFT, 3 * GRAD_CAP))
             self.grad_slow += a * (min(grad_score, CLIP) - self.grad_slow)

@@ -54,6 +54,9 @@ class PolicyState:
     incident_end: int = 0  # the incident is over when this step passes cleanly
     watched_since: int | None = None
     lr_scale: float = 1.0
+    lowered_at: tuple[
+        int, ...
+    ] = ()  # the first step of each lower learning rate: the loss then falls faster for a while
     stopped: bool = False
 
     @property
@@ -70,7 +73,8 @@ class PolicyState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "PolicyState":
         skips = tuple((int(a), int(b)) for a, b in values["skips"])
-        return cls(**{**values, "skips": skips, "rewound_to": tuple(values["rewound_to"])})
+        steps = {name: tuple(values.get(name, ())) for name in ("rewound_to", "lowered_at")}
+        return cls(**{**values, **steps, "skips": skips})
 
 
 def usable(checkpoint: Checkpoint, state: PolicyState) -> bool:
@@ -197,6 +201,7 @@ def _incident(
         rewound_to=(*state.rewound_to, target.step),
         incident_rewinds=state.incident_rewinds + 1,
         lr_scale=scale,
+        lowered_at=(*state.lowered_at, target.step + 1) if last else state.lowered_at,
     )
     lowered = f", the learning rate times {scale:g}" if last else ""
     reason = f"{finding.reason}; back to step {target.step}, data batches {first} to {end - 1} skipped{lowered}"

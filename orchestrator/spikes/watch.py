@@ -11,7 +11,7 @@ from typing import Any, Literal
 from orchestrator.record import Event
 from orchestrator.spikes.audit import Audit, Recent, audit, restored_policy
 from orchestrator.spikes.config import SpikesConfig
-from orchestrator.spikes.finding import Finding, elevated, nonfinite
+from orchestrator.spikes.finding import Finding, Rule, elevated, nonfinite
 from orchestrator.spikes.gate import Measured, gate, judge_recomputed
 from orchestrator.spikes.policy import Checkpoint, PolicyState, Verdict, decide, skip_batch
 from orchestrator.spikes.rules import make_rule
@@ -25,7 +25,8 @@ Act = Literal["apply", "clip", "leave_out", "skip", "rewind", "stop"]
 
 class SpikeWatch:
     """`checkpoints()` lists the steps of the run's checkpoints, asked only when something is wrong; `data_batch(step)` is the
-    data batch of 0-based `step` under `skips`. Neither they nor `event` may differ between ranks in what they return."""
+    data batch of 0-based `step` under `skips`. Neither they nor `event` may differ between ranks in what they return.
+    `changes`: steps from which the schedule changes how the loss goes, as the first after the warm-up."""
 
     def __init__(
         self,
@@ -34,10 +35,10 @@ class SpikeWatch:
         checkpoints: Callable[[], Sequence[int]],
         data_batch: Callable[[int], int],
         event: Recording,
+        changes: Sequence[int] = (),
     ) -> None:
-        self.config = config
+        self.config, self._changes = config, tuple(changes)
         self._checkpoints, self._data_batch, self._event = checkpoints, data_batch, event
-        self._rule = make_rule(config.rule, config.params, config.declared_steps)
         self._recent = Recent()
         self._withheld: Measured | None = None
         self._skips_in_a_row = 0
@@ -45,6 +46,7 @@ class SpikeWatch:
         self.said = ""  # why the last verdict
         audits = [e for e in events if e.kind == "spike"]
         self._policy = restored_policy(e.data for e in audits)
+        self._rule = self._new_rule()
         self.rewind_to: int | None = _unfinished_rewind(events)
         """The step that the run must go back to before it goes on: a verdict, also one whose act was cut short by a kill."""
         if self._policy.stopped and audits[-1].data.get("config") != asdict(config):
@@ -145,7 +147,7 @@ class SpikeWatch:
 
     def restore(self, saved: dict[str, Any] | None) -> None:
         """Stands where the checkpoint was saved. Skips, rewinds and a stop that came later stay: they are not undone."""
-        self._rule = make_rule(self.config.rule, self.config.params, self.config.declared_steps)
+        self._rule = self._new_rule()
         self._recent = Recent()
         self._skips_in_a_row, self._alarmed = 0, False
         if not saved:
@@ -155,6 +157,11 @@ class SpikeWatch:
         policy = PolicyState.from_json(saved["policy"])
         if (policy.rewinds, len(policy.skips)) >= (self._policy.rewinds, len(self._policy.skips)):
             self._policy = replace(policy, stopped=self._policy.stopped)
+
+    def _new_rule(self) -> Rule:
+        """Knows of the changes that the user has declared, of the schedule's, and of those that the policy has made."""
+        declared = [*self.config.declared_steps, *self._changes, *self._policy.lowered_at]
+        return make_rule(self.config.rule, self.config.params, declared)
 
     def _rule_id(self) -> list[Any]:
         return [self.config.rule, dict(self.config.params)]

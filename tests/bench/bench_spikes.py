@@ -1,18 +1,32 @@
 """All rules on the labelled curves of ../shared/spikes, where they are: `make bench`, or this file by itself.
 
-Prints, for real curves and for synthetic ones, F1 and false alarms of the alarms that stop or rewind, and the time a step.
+Prints the two tables of docs/spikes.md: all rules, and ours on curves and under conditions of other kinds. What is counted are
+alarms that stop or rewind.
 """
 
 import importlib.util
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from spike_curves import Curve, make_curve
 
 from orchestrator.spikes.finding import STOPPING
 from orchestrator.spikes.rules import RULES, make_rule
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "spikes"
-FRESH_SEED = 40_000
+
+
+@dataclass(frozen=True)
+class Curves:
+    """`pre`: steps before a label from which an alarm counts as right: real labels were set by eye."""
+
+    curves: list[Curve]
+    pre: int
 
 
 def _module(name: str) -> Any:
@@ -24,64 +38,89 @@ def _module(name: str) -> Any:
     return module
 
 
-def alarms(rule_name: str, curve: Any, declared: bool = True) -> Any:
-    """One bool a step: whether the rule would have stopped or rewound."""
-    import numpy as np
+def real() -> Curves:
+    found = _module("score").load_real(SHARED)
+    return Curves([Curve(name, loss, grad, labels, []) for name, loss, grad, labels in found], pre=3)
 
-    loss, grad_norm = curve[1].tolist(), None if curve[2] is None else curve[2].tolist()
-    known = [s for s, _, known in curve[4] if known] if declared and len(curve) > 4 else []
-    judge = make_rule(rule_name, declared_steps=known).judge
-    if grad_norm is None:
-        return np.array([judge(i, x).kind in STOPPING for i, x in enumerate(loss)])
+
+def synthetic(first_seed: int, count: int = 80) -> Curves:
+    make = _module("generate").make_curve
+    made = [make(s) for s in range(first_seed, first_seed + count)]
+    declared = [[int(step) for step, _, known in c["shifts"] if known] for c in made]
+    return Curves(
+        [Curve("", c["loss"], c["grad_norm"], c["labels"], d) for c, d in zip(made, declared, strict=True)], pre=0
+    )
+
+
+def others(first_seed: int, count: int = 120) -> Curves:
+    return Curves([make_curve(s) for s in range(first_seed, first_seed + count)], pre=1)
+
+
+def without_declarations(of: Curves) -> Curves:
+    return replace(of, curves=[replace(c, declared=[]) for c in of.curves])
+
+
+def without_grad_norms(of: Curves) -> Curves:
+    return replace(of, curves=[replace(c, grad_norm=None) for c in of.curves])
+
+
+def alarms(rule_name: str, curve: Curve) -> npt.NDArray[np.bool_]:
+    """One bool a step: whether the rule would have stopped or rewound."""
+    loss = curve.loss.tolist()
+    grad_norm: Sequence[float | None] = [None] * len(loss) if curve.grad_norm is None else curve.grad_norm.tolist()
+    judge = make_rule(rule_name, declared_steps=curve.declared).judge
     return np.array([judge(i, x, g).kind in STOPPING for i, (x, g) in enumerate(zip(loss, grad_norm, strict=True))])
 
 
-def row(rule_name: str, curves: list[Any], pre: int, declared: bool = True) -> dict[str, Any]:
+def measured(rule_name: str, of: Curves) -> dict[str, Any]:
     score = _module("score")
     started = time.process_time()
-    found = [alarms(rule_name, c, declared) for c in curves]
-    us = (time.process_time() - started) * 1e6 / sum(len(c[1]) for c in curves)
-    rows = [score.score_curve(b, c[3], len(c[1]), "S", pre) for b, c in zip(found, curves, strict=True)]
+    found = [alarms(rule_name, c) for c in of.curves]
+    us = (time.process_time() - started) * 1e6 / sum(len(c.loss) for c in of.curves)
+    rows = [score.score_curve(b, c.labels, len(c.loss), "S", of.pre) for b, c in zip(found, of.curves, strict=True)]
     return {**score.aggregate(rows), "us_per_step": us}
-
-
-def table(curves: list[Any], pre: int, declared: bool = True, rules: list[str] | None = None) -> str:
-    lines = [f"{'rule':<18}{'F1':>7}{'recall':>8}{'precision':>11}{'false/100k':>12}{'latency':>9}{'us/step':>9}"]
-    for name in rules or list(RULES):
-        r = row(name, curves, pre, declared)
-        lines.append(
-            f"{name:<18}{r['f1']:>7.3f}{r['recall']:>8.3f}{r['precision']:>11.3f}{r['fa_per_100k']:>12.2f}"
-            f"{r['latency_median'] if r['latency_median'] is not None else '-':>9}{r['us_per_step']:>9.2f}"
-        )
-    return "\n".join(lines)
 
 
 def test_print_the_table_of_all_rules() -> None:
     main()
 
 
-def synthetic(first_seed: int, count: int) -> list[Any]:
-    """Curves as score.load_synth gives them, from seeds of our choice."""
-    make = _module("generate").make_curve
-    made = [(f"seed {s}", make(s)) for s in range(first_seed, first_seed + count)]
-    return [(name, c["loss"], c["grad_norm"], c["labels"], c["shifts"], c["lr"]) for name, c in made]
-
-
 def main() -> None:
     if not (SHARED / "score.py").exists():
         print(f"no labelled curves at {SHARED}: nothing to score")
         return
-    print("\nreal curves, alarms that stop or rewind (latency in observations)")
-    print(table(_module("score").load_real(SHARED), pre=3))
-    for what, seed in (("seeds on which the numbers were set", 10_000), ("seeds on which nothing was set", FRESH_SEED)):
-        curves = synthetic(seed, 80)
-        print(f"\nsynthetic curves, {what}; changes of schedule and mix declared")
-        print(table(curves, pre=0))
-    print("\nthe last ones, nothing declared")
-    print(table(curves, pre=0, declared=False, rules=["cusum"]))
-    print("\nthe last ones, without gradient norms")
-    print(table([(c[0], c[1], None, *c[3:]) for c in curves], pre=0, rules=["cusum"]))
-    print("\nrecall of cusum by kind:", row("cusum", curves, 0)["recall_by_kind"])
+    on_real, fresh = real(), synthetic(40_000)
+    by_kind: list[str] = []
+    print("\n| rule | real F1 | false/100k | latency (obs.) | synthetic F1 | false/100k | us/step |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for name in RULES:
+        r, s = measured(name, on_real), measured(name, fresh)
+        latency = "-" if r["latency_median"] is None else f"{r['latency_median']:g}"
+        print(
+            f"| `{name}` | {r['f1']:.3f} | {r['fa_per_100k']:.2f} | {latency} | {s['f1']:.3f} | {s['fa_per_100k']:.2f} "
+            f"| {r['us_per_step']:.1f} |"
+        )
+    print("\n| `cusum` on | F1 | found | false/100k | latency (obs.) |\n|---|--:|--:|--:|--:|")
+    again, other = synthetic(70_000), others(20_000)
+    for what, curves in (
+        ("real curves", on_real),
+        ("real curves, without gradient norms", without_grad_norms(on_real)),
+        ("synthetic, seeds 10000 on, which the numbers have seen", synthetic(10_000)),
+        ("synthetic, seeds 40000 on", fresh),
+        ("synthetic, seeds 70000 on", again),
+        ("synthetic, seeds 70000 on, nothing declared", without_declarations(again)),
+        ("synthetic, seeds 70000 on, without gradient norms", without_grad_norms(again)),
+        ("another generator, a third of its curves without gradient norms", other),
+        ("another generator, nothing declared", without_declarations(other)),
+        ("another generator, no curve with gradient norms", without_grad_norms(other)),
+    ):
+        m = measured("cusum", curves)
+        print(
+            f"| {what} | {m['f1']:.3f} | {m['tp']}/{m['events']} | {m['fa_per_100k']:.2f} | {m['latency_median']:g} |"
+        )
+        if any(curves is c for c in (on_real, again, other)):
+            by_kind.append(f"found on {what}: {m['recall_by_kind']}")
+    print("", *by_kind, sep="\n")
 
 
 if __name__ == "__main__":

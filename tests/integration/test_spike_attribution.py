@@ -105,3 +105,16 @@ def test_each_rank_struck_in_turn_is_named(name: str, tmp_path: Path) -> None:
         assert rank in named["ranks"], (kind, rank, named)
         assert set(named["ranks"]) <= set(group), (kind, rank, named)
         assert named["nodes"] == sorted(f"node{r}" for r in named["ranks"])
+
+
+def test_a_step_computed_again_leaves_no_trace(tmp_path: Path) -> None:
+    layout, written = Layout(name="t", dp_shard=2), []
+    for name, faults in (
+        ("struck", [Fault(kind="nan", rank=1, step=3), Fault(kind="nan_grad", step=5)]),
+        ("clean", []),
+    ):
+        write(tmp_path / f"{name}.json", faults)
+        written += run_ranks(train, 2, tmp_path, layout, 8, str(tmp_path / f"{name}.json"), timeout_s=150)[:1]
+    (struck, found), (clean, none) = written
+    assert ([f["ranks"] for f in found], none) == ([[1], [0]], [])
+    assert struck == clean
