@@ -198,12 +198,19 @@ def _parser() -> argparse.ArgumentParser:
         "replay",
         _spikes_replay,
         "run a spike rule over loss logs, and draw what it would have done",
-        "Runs a rule over any loss log: CSV (step, loss, and grad_norm if there is one), JSON lines, a run directory,\n"
-        "or a W&B .wandb file. Prints a table and writes one SVG a log.",
+        "Runs a rule over any loss log: CSV (step, loss, and grad_norm if there is one; also a W&B chart's export), JSON\n"
+        "lines, a run directory, or a W&B .wandb file. Prints a table and writes one SVG a log.",
     )
     replay.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log files or run directories")
     replay.add_argument(
         "--rule", default="cusum", help="cusum (default), olmo_skip_step, kill_loss_spike, zscore, zclip"
+    )
+    replay.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of the rule, as spikes.params.NAME of a run; may be repeated",
     )
     replay.add_argument(
         "--declared",
@@ -731,7 +738,8 @@ def _spikes_replay(args: argparse.Namespace) -> int:
     from orchestrator.errors import UserError
     from orchestrator.spikes import replay
 
-    results = [replay.run_over(log, args.rule, args.declared, args.undone) for log in args.logs]
+    params = replay.params(args.rule, args.param)
+    results = [replay.run_over(log, args.rule, args.declared, args.undone, params) for log in args.logs]
     pictures: list[Path] = []
     if not args.no_picture:
         folder = args.picture or Path()

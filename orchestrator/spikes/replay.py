@@ -19,8 +19,9 @@ from typing import Any
 from orchestrator.errors import UserError
 from orchestrator.record import StepRecord, read_all_steps
 from orchestrator.run_dir import RunDir
+from orchestrator.spikes.config import SpikesConfig
 from orchestrator.spikes.finding import STOPPING, Finding, Kind
-from orchestrator.spikes.rules import RULES, make_rule
+from orchestrator.spikes.rules import make_rule
 
 # The names under which logs keep the three columns, the plainest first; a name also counts behind "train/" and the like, and
 # behind "the run's name - ", as W&B exports a chart.
@@ -94,15 +95,33 @@ class Replay:
         }
 
 
-def run_over(path: Path, rule_name: str, declared_steps: Sequence[int] = (), undone: bool = False) -> Replay:
+def params(rule_name: str, words: Sequence[str]) -> dict[str, float]:
+    """The rule's parameters as NAME=VALUE. Raises UserError for a rule, a name or a value that cannot be."""
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise UserError(f"--param {word}: give NAME=NUMBER") from None
+    if problems := SpikesConfig(name="replay", rule=rule_name, params=found).problems():
+        raise UserError("\n".join(problems))
+    return found
+
+
+def run_over(
+    path: Path,
+    rule_name: str,
+    declared_steps: Sequence[int] = (),
+    undone: bool = False,
+    rule_params: Mapping[str, float] | None = None,
+) -> Replay:
     """Runs a rule over a log, as it would have run: each observation once, in order.
 
     `undone`: of a run directory also judge the steps that a rewind or a restart has undone.
     """
-    if rule_name not in RULES:
-        raise UserError(f"--rule {rule_name} is none of {', '.join(RULES)}")
     observations = read_log(path, undone)
-    rule = make_rule(rule_name, declared_steps=declared_steps)
+    rule = make_rule(rule_name, rule_params, declared_steps)
     findings = [rule.judge(o.step, o.loss, o.grad_norm) for o in observations]
     return Replay(path=str(path), rule=rule_name, observations=observations, alarms=alarms(findings))
 

@@ -143,6 +143,8 @@ def test_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: pytest.Ca
     assert main(["spikes", "replay", "--declared", "200", str(log), "--picture", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "1 alarm that would call for the policy" in printed
+    assert main(["spikes", "replay", str(log), "--param", "threshold=1e6", "--no-picture"]) == 0
+    assert "0 alarms that would call for the policy" in capsys.readouterr().out
     assert (tmp_path / "out" / "spikes-log-cusum.svg").exists()
 
 
@@ -174,6 +176,8 @@ def test_a_file_that_is_no_log_is_a_user_error(
         (["missing.csv"], "does not exist"),
         (["."], "is no run directory"),
         (["log.csv", "--rule", "magic"], "olmo_skip_step"),
+        (["log.csv", "--param", "threshold"], "give NAME=NUMBER"),
+        (["log.csv", "--param", "sigmas=3"], "threshold, drift"),
         (["log.csv", "--picture", "log.csv"], "give a folder"),
         (["log.wandb"], "wandb could not read"),
     ],
