@@ -5,15 +5,16 @@
 2. Scale: the median distance from the trend, tracked by a stochastic quantile (no outlier moves it by more than one notch).
 3. Tail: the upper quantile of the *isolated* exceedances, those that the next observation takes back. A run whose batches
    stand out now and then, and do no harm, thereby learns to expect it: scores shrink by what its tail exceeds the normal's.
-   Noise with memory (data that are not well shuffled, a logger that averages) stays up for longer by itself: the share of
-   successive distances on the same side gives its correlation (the arcsine law), and scores shrink by the square root of
-   (1 + rho) / (1 - rho), by which a sum of such noise is wider than one of independent noise.
+   Noise with memory (data that are not well shuffled, a logger that averages) stays up for longer by itself. Where no gradient
+   norm is known to speak against it, the share of successive distances on the same side gives the correlation (the arcsine
+   law), and scores shrink by the square root of (1 + rho) / (1 - rho), by which a sum of such noise is wider than one of
+   independent noise.
 4. Spike: a one-sided CUSUM (Page, "Continuous inspection schemes", Biometrika 1954) of the capped scores. One observation alone
    cannot reach the threshold, a second one must stand out too; if it does not, the first was one batch's outlier and its
    share is taken back.
 5. Slow divergence: an exponential mean of the scores over SLOW observations against its own learnt scale, so that a run
    that wanders is allowed to wander; and, for what rises too slowly even for that, the trend's height above its lowest point.
-6. Where the gradient norm is known, its logarithm goes through 1 to 5 as well (but for the memory) and must agree: a level that
+6. Where the gradient norm is known, its logarithm goes through 1 to 5 as well and must agree: a level that
    moves without the gradient is other data, not a spike.
 
 A declared change (end of the warm-up, another learning rate, another mix) is treated like the start of a run: the trend is
@@ -55,6 +56,7 @@ TAKEN_BACK = 1.0  # a next score below which it was one batch
 NOT_TAIL = 1.5  # z below which the previous observation counts as isolated
 MEMORY_WINDOW = 512.0  # observations
 USUAL_MEMORY = 0.3  # correlation that a trend which lags, and the spikes themselves, leave in any run
+USUAL_AGREEMENT = 2 / math.pi * math.asin(USUAL_MEMORY)  # of signs, at that correlation
 GRAD_CAP, GRAD_DRIFT, GRAD_SLOW = 4.0, 0.5, 1.0
 GRAD_LEAST = 0.1  # of the logarithm: a gradient norm that moves by less than a tenth says nothing
 GRAD_RISE = 1.0  # scales by which the gradient norm's own trend must have risen with the loss's
@@ -173,7 +175,8 @@ class Cusum:
             self.memory += ((1.0 if (z > 0) == (self.previous > 0) else -1.0) - self.memory) / MEMORY_WINDOW
         self.previous = z
         score = z * TAIL / self.tail / (1 + YOUNG / age) if z > 0 else z
-        if score > 0 and (rho := math.sin(math.pi / 2 * self.memory) - USUAL_MEMORY) > 0:
+        if log_grad is None and score > 0 and self.memory > USUAL_AGREEMENT:
+            rho = math.sin(math.pi / 2 * self.memory) - USUAL_MEMORY
             score /= math.sqrt((1 + rho) / (1 - rho))
         score = min(max(score, -CLIP), p.threshold)
 

@@ -68,6 +68,12 @@ def test_ranks_that_compute_together_are_named_together() -> None:
     assert "one of rank 1 on b, rank 2 on b" in said.reason
 
 
+def test_a_finite_value_that_is_not_there_the_second_time_is_hardware_too() -> None:
+    first, second = measured(90.0, 1.0, (3.0, 177.0)), measured(3.0, 1.0, (3.0, 3.0))
+    said = judge_recomputed(first, second, settled(), CONFIG)
+    assert (said.cause, said.act, said.ranks) == ("hardware", "accept", (1,))
+
+
 def test_hardware_that_is_wrong_twice_in_two_ways_calls_a_person() -> None:
     said = judge_recomputed(measured(math.nan), measured(math.inf), settled(), CONFIG)
     assert (said.cause, said.act) == ("hardware", "stop")
