@@ -17,7 +17,7 @@ all: .venv/.done
 run: all
 	@$(BIN)/arriero launch experiment=first_run
 
-test: all chromium slurm
+test: all chromium slurm faketime
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # Pages are tested in a real Chromium. Where it can't be installed those tests are skipped and say so; in CI they fail.
@@ -37,6 +37,17 @@ slurm: all
 	echo "installing $$missing, which the tests under Slurm need"; \
 	$$root apt-get -qq update && $$root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
 	apt-get -qq install --yes --no-install-recommends $$missing >/dev/null || true
+
+# The clock is shifted with libfaketime. Where it can't be installed that fault is skipped and says so.
+faketime: all
+	@ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 && exit 0; \
+	if [ "$$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root='sudo -n'; \
+	else echo "no libfaketime, and no right to install it: sudo apt-get install libfaketime"; exit 0; fi; \
+	$$root apt-get -qq update && $$root apt-get -qq install --yes --no-install-recommends libfaketime >/dev/null || true
+
+# make chaos: every fault once. make chaos N=1000: so many random kills.
+chaos: all slurm faketime
+	@$(BIN)/arriero chaos $(if $(N),--random $(N)) $(if $(SEED),--seed $(SEED))
 
 check: all
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -114,6 +114,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _takes_overrides(rehearse)
     _takes_json(rehearse)
+    chaos = _command(
+        commands,
+        "chaos",
+        _chaos,
+        "do faults on purpose to small runs, and print what came of each",
+        "Each fault is done to a small real run on this machine, under a virtual Slurm, or on an S3 server on loopback: was it\n"
+        "seen, did the run go on, what did it cost, is the loss that of a run without it. docs/chaos.md lists them.",
+    )
+    chaos.add_argument("faults", nargs="*", metavar="FAULT", help="such as sigkill_rank_0 (default: all)")
+    chaos.add_argument(
+        "--random", type=int, metavar="N", help="instead: N random kills, run after run, and their account"
+    )
+    chaos.add_argument("--seed", type=int, default=1, help="draws what is random (default 1)")
+    chaos.add_argument("--parallel", type=int, default=2, help="scenes at one time (default 2)")
+    chaos.add_argument("--directory", type=Path, metavar="DIR", help="keep the runs here (default: only if one fails)")
+    _takes_json(chaos)
     resume = _command(commands, "resume", _resume, "go on with a run as its directory says, from its newest checkpoint")
     resume.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     cancel = _command(commands, "cancel", _cancel, "stop a run, saved; `resume` goes on with it")
@@ -403,6 +419,16 @@ def _rehearse(args: argparse.Namespace) -> int:
     from orchestrator.rehearsal import rehearse
 
     return rehearse(spec.compose(args.overrides, args.config_dir), args.json)
+
+
+def _chaos(args: argparse.Namespace) -> int:
+    if args.random is not None:
+        from orchestrator.chaos.kills import random_kills
+
+        return random_kills(args.random, args.seed, args.parallel, args.directory, args.json)
+    from orchestrator.chaos.campaign import campaign
+
+    return campaign(args.faults, args.seed, args.parallel, args.directory, args.json)
 
 
 def _resume(args: argparse.Namespace) -> int:

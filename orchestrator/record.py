@@ -1,14 +1,16 @@
 """What a run writes down: step records and events, append-only JSONL, one writer a file, torn tails dropped."""
 
 import contextlib
+import errno
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TextIO, TypeVar
+from typing import Any, Self, TypeVar
 
 
 def utc_now() -> str:
@@ -55,35 +57,84 @@ _R = TypeVar("_R", StepRecord, Event)
 
 class JsonlWriter:
     """Appends records to one file. The one writer of that file; a torn tail left by a killed predecessor is ended
-    with a newline first, so that no line ever joins two."""
+    with a newline first, so that no line ever joins two.
+
+    A full disk, or one that answers with an error, must not end a training run: what cannot be written is kept, at most
+    KEPT_BYTES of it (then the oldest lines go), and written with the next record that can be.
+    """
+
+    KEPT_BYTES = 16 << 20
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self._lock = threading.Lock()  # checkpoints tell of themselves from a thread of their own
-        self._file: TextIO = path.open("a", encoding="utf-8")
-        if self._file.tell():
+        self._file = path.open("ab", buffering=0)
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._told = False
+        self._whole_bytes = self._file.tell()  # what follows is half a line, after a write that failed
+        if self._whole_bytes:
             with path.open("rb") as existing:
                 existing.seek(-1, os.SEEK_END)
                 if existing.read(1) != b"\n":
-                    self._file.write("\n")
+                    self._keep(b"\n")
 
     def write(self, record: StepRecord | Event, durable: bool = False) -> None:
         """Appends one line and hands it to the system; `durable` also waits for the disk."""
-        line = json.dumps(asdict(record), separators=(",", ":")) + "\n"
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
-            if durable:
-                os.fsync(self._file.fileno())
+            self._keep(json.dumps(asdict(record), separators=(",", ":")).encode() + b"\n")
+            try:
+                self._append()
+                if durable:
+                    os.fsync(self._file.fileno())
+            except OSError as error:
+                if not self._told:
+                    self._told = True
+                    say(f"{self.path.name} cannot be written, and is kept in memory until it can: {error}")
+
+    def _keep(self, line: bytes) -> None:
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
+        while self._waiting_bytes > self.KEPT_BYTES:
+            self._waiting_bytes -= len(self._waiting.popleft())
+
+    def _append(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            try:
+                if (written := self._file.write(line)) != len(line):
+                    raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes were written")
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file.fileno(), self._whole_bytes)
+                raise
+            self._whole_bytes += len(line)
+            self._waiting_bytes -= len(line)
+            self._waiting.popleft()
+        if self._told:
+            self._told = False
+            say(f"{self.path.name} can be written again")
 
     def close(self) -> None:
-        self._file.close()
+        """What still waits is tried once more."""
+        with self._lock, self._file:
+            try:
+                self._append()
+            except OSError as error:
+                say(f"{self.path.name}: {len(self._waiting)} lines could not be written: {error}")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def say(line: str) -> None:
+    """Prints a line with the time; a log on a full disk is no reason to end."""
+    with contextlib.suppress(OSError):
+        print(f"{utc_now()} {line}", flush=True)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

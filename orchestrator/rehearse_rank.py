@@ -60,7 +60,7 @@ def _lead(stop: StopFlag, run_dir: str, job_id: str, restart: int) -> None:
 
     root = Path(run_dir)
     directory = RunDir(root)
-    attempt = directory.next_attempt()
+    attempt = directory.take_attempt()
     checkpoint = root / "rehearsed_step"
     step = int(checkpoint.read_text()) if checkpoint.exists() else 0
     with (

@@ -118,10 +118,17 @@ class RunDir:
             return int(self.pause.read_text())
         return None
 
-    def next_attempt(self) -> int:
-        """1 for the first start; each start takes the next number."""
+    def take_attempt(self) -> int:
+        """The number of this start, 1 for the first. Its events' file is made here, exclusively: of two starts at one
+        moment neither writes into the other's files."""
+        self.events.mkdir(parents=True, exist_ok=True)
         taken = [int(p.stem.removeprefix("attempt-")) for p in self.events.glob("attempt-*.jsonl")]
-        return max(taken, default=0) + 1
+        attempt = max(taken, default=0) + 1
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self.attempt_file(self.events, attempt).touch(exist_ok=False)
+                return attempt
+            attempt += 1
 
     def attempt_file(self, folder: Path, attempt: int) -> Path:
         return folder / f"attempt-{attempt:04d}.jsonl"

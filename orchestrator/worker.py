@@ -27,7 +27,7 @@ from orchestrator.carbon_report import budget
 from orchestrator.energy.carbon import BudgetVerdict
 from orchestrator.energy.sampler import sampling
 from orchestrator.mirror import mirroring
-from orchestrator.record import Event, JsonlWriter, StepRecord, read_events, utc_now
+from orchestrator.record import Event, JsonlWriter, StepRecord, read_events, say, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.shrink import shrunk
 from orchestrator.spikes.watch import SpikeWatch
@@ -94,7 +94,7 @@ class RunRecorder:
         if self.events:
             event = Event(time_utc=utc_now(), kind=kind, step=step, detail=detail, attempt=self.attempt, data=data)
             self.events.write(event, durable=True)
-            print(f"{event.time_utc} {kind}: {detail}", flush=True)
+            say(f"{kind}: {detail}")
             self.posted = post(event, self.run) or self.posted
 
 
@@ -198,7 +198,7 @@ def _train(
     )
     make: Callable[..., Trainer] = Trainer
     if directory.faults.exists():
-        from orchestrator.faults import FaultyTrainer
+        from orchestrator.faulty_trainer import FaultyTrainer
 
         make = partial(FaultyTrainer, faults=directory.faults)
         recorder.event("faults", 0, f"faults are injected on purpose: {directory.faults}")
@@ -275,7 +275,7 @@ def _past_events(directory: RunDir, ranks: Ranks) -> list[Event]:
 
 def _agreed_attempt(directory: RunDir, ranks: Ranks) -> int:
     """Rank 0 counts the attempts on disk, the others hear of it."""
-    attempt = torch.tensor(directory.next_attempt() if ranks.is_main else 0, device=ranks.device)
+    attempt = torch.tensor(directory.take_attempt() if ranks.is_main else 0, device=ranks.device)
     if dist.is_initialized():
         dist.broadcast(attempt, src=0)
     return int(attempt.item())

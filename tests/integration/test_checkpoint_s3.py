@@ -1,8 +1,6 @@
 """Checkpoints in a real S3 server on loopback that now and then answers 503 or cuts an upload."""
 
 import os
-import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,68 +9,33 @@ import torch
 from checkpoint_faults import Events, make_store
 
 pytest.importorskip("s3fs", reason="NOT TESTED: checkpoints on S3 need the extra `s3`")
-moto_server = pytest.importorskip("moto.server", reason="NOT TESTED: checkpoints on S3 need moto's server")
+pytest.importorskip("moto.server", reason="NOT TESTED: checkpoints on S3 need moto's server")
 
-import fsspec  # noqa: E402
+import fsspec
 
-from model.checkpoint.lease import Fenced  # noqa: E402
-
-
-class Trouble:
-    """A proxy before the server's application: fails the next requests that a test names."""
-
-    def __init__(self, application: Any) -> None:
-        self.application = application
-        self.unavailable: list[tuple[str, str]] = []  # (method, part of the path): one 503 each
-        self.cut: list[tuple[str, str]] = []  # the connection is lost in the middle of the body
-        self.struck: list[str] = []
-
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        method, path = environ["REQUEST_METHOD"], f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}"
-        for kind, trouble in (("503", self.unavailable), ("cut", self.cut)):
-            for entry in trouble:
-                if entry[0] == method and entry[1] in path:
-                    trouble.remove(entry)
-                    self.struck.append(f"{kind} {method} {path}")
-                    if kind == "503":
-                        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-                        start_response("503 Slow Down", [("Content-Length", "0")])
-                        return [b""]
-                    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
-                    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-                    return [b""]
-        return self.application(environ, start_response)
+from model.checkpoint.lease import Fenced
+from orchestrator.chaos.object_store import ObjectStore, serving
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Trouble]]:
-    from werkzeug.serving import make_server
-
-    trouble = Trouble(moto_server.DomainDispatcherApplication(moto_server.create_backend_app))
-    http = make_server("127.0.0.1", 0, trouble, threaded=True)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{http.server_port}", trouble
-    http.shutdown()
+def server() -> Iterator[ObjectStore]:
+    with serving() as store:
+        yield store
 
 
 @pytest.fixture
-def bucket(server: tuple[str, Trouble], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Trouble]]:
-    endpoint, trouble = server
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the retries under test are ours, not the client's
+def bucket(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ObjectStore]]:
+    for variable, value in server.env.items():
+        monkeypatch.setenv(variable, value)
     s3 = fsspec.filesystem("s3", skip_instance_cache=True)
     name = f"runs-{os.urandom(4).hex()}"
     s3.mkdir(name)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     monkeypatch.setitem(fsspec.config.conf, "s3", {"default_block_size": 5 << 20})  # the smallest part there is
-    yield f"s3://{name}/llama/checkpoints", trouble
-    trouble.unavailable.clear()
-    trouble.cut.clear()
-    trouble.struck.clear()
+    yield f"s3://{name}/llama/checkpoints", server
+    server.unavailable.clear()
+    server.cut.clear()
+    server.struck.clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
@@ -80,7 +43,7 @@ def state(value: float = 0, size: int = 1000) -> dict[str, Any]:
     return {"model": {"w": torch.full((size,), float(value))}}
 
 
-def test_a_run_on_an_object_store_saves_resumes_and_is_fenced(bucket: tuple[str, Trouble]) -> None:
+def test_a_run_on_an_object_store_saves_resumes_and_is_fenced(bucket: tuple[str, ObjectStore]) -> None:
     url, _ = bucket
     events, found = Events(), state()
     store = make_store(url, events, keep_last=2)
@@ -96,7 +59,7 @@ def test_a_run_on_an_object_store_saves_resumes_and_is_fenced(bucket: tuple[str,
     assert [c.step for c in store.steps()] == [2, 3]
 
 
-def test_damage_on_an_object_store_is_seen(bucket: tuple[str, Trouble]) -> None:
+def test_damage_on_an_object_store_is_seen(bucket: tuple[str, ObjectStore]) -> None:
     url, _ = bucket
     store = make_store(url)
     store.load_latest(state())
@@ -115,7 +78,7 @@ def test_damage_on_an_object_store_is_seen(bucket: tuple[str, Trouble]) -> None:
     assert events.kinds() == ["passed_over", "passed_over", "loaded"]
 
 
-def test_5xx_answers_and_cut_uploads_are_retried(bucket: tuple[str, Trouble]) -> None:
+def test_5xx_answers_and_cut_uploads_are_retried(bucket: tuple[str, ObjectStore]) -> None:
     url, trouble = bucket
     events = Events()
     store = make_store(url, events, retries=3)
@@ -133,7 +96,7 @@ def test_5xx_answers_and_cut_uploads_are_retried(bucket: tuple[str, Trouble]) ->
 
 
 def test_an_upload_in_parts_of_which_one_is_lost_for_good_leaves_no_object(
-    bucket: tuple[str, Trouble], monkeypatch: pytest.MonkeyPatch
+    bucket: tuple[str, ObjectStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large files go up in parts: an upload that is given up must not be completed with what had arrived."""
     url, trouble = bucket
@@ -156,7 +119,7 @@ def test_an_upload_in_parts_of_which_one_is_lost_for_good_leaves_no_object(
     assert torch.equal(found["model"]["w"], state(1, big)["model"]["w"])
 
 
-def test_of_two_that_start_at_once_one_gets_the_epoch(bucket: tuple[str, Trouble]) -> None:
+def test_of_two_that_start_at_once_one_gets_the_epoch(bucket: tuple[str, ObjectStore]) -> None:
     url, _ = bucket
     first, second = make_store(url).storage, make_store(url).storage
     assert first.create("epochs/epoch-000001", b"the first")

@@ -1,12 +1,11 @@
 """Runs of a few steps on a few words, through the command: shared by the tests that launch."""
 
-import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
+from orchestrator.chaos import stage
 from orchestrator.record import StepRecord, kept_steps, read_all_steps
 from orchestrator.run_dir import RunDir
 
@@ -18,17 +17,7 @@ STEPS = 30
 def make_workplace(folder: Path) -> Path:
     """Two small sources of text in `folder`, a group that mixes them, and a file of the user's that no rank must import."""
     (folder / "model.py").write_text("raise RuntimeError('the model.py of the folder of the launch')\n")
-    generator = random.Random(1)
-    words = ["llama", "mountain", "pass", "train", "load", "water", "stone", "path", "night", "bell"]
-    for source in ("a", "b"):
-        lines = [" ".join(generator.choices(words, k=60)) + ".\n" for _ in range(300)]
-        (folder / f"{source}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
-    (folder / "conf" / "data").mkdir(parents=True)
-    (folder / "conf" / "data" / "words.yaml").write_text(
-        "name: words\nheld_out_share: 0.1\ntokenizer: {vocab_size: 512}\nsources:\n"
-        "  a: {path: a.jsonl, proportion: 0.75}\n  b: {path: b.jsonl, proportion: 0.25}\n"
-    )
-    return folder
+    return stage.make_workplace(folder)
 
 
 def words(name: str, *more: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Records on disk: torn tails, rewinds and the newest line."""
 
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from orchestrator.record import (
@@ -12,6 +14,7 @@ from orchestrator.record import (
     read_last,
     utc_now,
 )
+from orchestrator.run_dir import RunDir
 
 
 def record(step: int, attempt: int = 1, loss: float = 2.0) -> StepRecord:
@@ -59,3 +62,26 @@ def test_fields_of_a_newer_version_are_passed_over(tmp_path: Path) -> None:
         '{"time_utc":"2026-01-01T00:00:00Z","kind":"saved","step":3,"detail":"x","of_tomorrow":1}\n'
     )
     assert read_events(tmp_path) == [Event(time_utc="2026-01-01T00:00:00Z", kind="saved", step=3, detail="x")]
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_it_does(tmp_path: Path) -> None:
+    path = tmp_path / "attempt-0001.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with JsonlWriter(path) as writer:
+        writer.write(record(1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))  # the next line does not fit
+        try:
+            writer.write(record(2))
+            writer.write(record(3), durable=True)
+            assert [r.step for r in read_all_steps(tmp_path)] == [1]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        writer.write(record(4))
+    assert [r.step for r in read_all_steps(tmp_path)] == [1, 2, 3, 4]
+    assert path.read_bytes().count(b"\n") == 4
+
+
+def test_two_starts_at_one_moment_have_files_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        taken = list(pool.map(lambda _: RunDir(tmp_path).take_attempt(), range(64)))
+    assert sorted(taken) == list(range(1, 65))

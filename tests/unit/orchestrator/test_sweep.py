@@ -146,7 +146,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
         run_dir.spec.write_text(to_yaml(spec))
         last = launch.last_record(run_dir)
         until = run_dir.pause_step() or spec.steps
-        attempt = run_dir.next_attempt()
+        attempt = run_dir.take_attempt()
         launches.append((spec.name.split("-")[0], until))
         with JsonlWriter(run_dir.attempt_file(run_dir.records, attempt)) as records:
             for step in range(last.step + 1 if last else 1, until + 1):
