@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: all run test check bench clean chromium slurm
+.PHONY: all run test chaos check bench clean chromium slurm faketime
 
 all: .venv/.done
 

@@ -57,8 +57,8 @@ class FaultyTrainer(Trainer):
         for kind, number in _SIGNALS.items():
             if self._strikes(kind, self.step + 1):
                 os.kill(os.getpid(), number)
-        if (number := self._striking("wait", self.step + 1)) is not None:
-            while not (self._marks / f"{number}.go").exists() and not self.stop_requested():
+        if (gate := self._striking("wait", self.step + 1)) is not None:
+            while not (self._marks / f"{gate}.go").exists() and not self.stop_requested():
                 time.sleep(0.01)
         if self._strikes("gil", self.step + 1):
             ctypes.PyDLL(None).pause()

@@ -107,7 +107,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     _follow(console, spec, run_dir, job, before)
     if failure := job.failure():
         raise Failure(f"the run failed; its logs are in {_short(run_dir.logs)}\n{failure}")
-    if (last := _newest(read_events(run_dir.events)[before:], "failed")) is not None:
+    if (last := _newest(_of_job(read_events(run_dir.events), job.id), "failed")) is not None:
         raise Failure(f"the run failed: {last.detail}")
     if not is_finished(run_dir):
         kept = kept_steps(read_all_steps(run_dir.records))
@@ -431,6 +431,12 @@ def _write_page(console: Console, run_dir: RunDir) -> None:
 
 def _newest(events: Sequence[Event], kind: str) -> Event | None:
     return next((e for e in reversed(events) if e.kind == kind), None)
+
+
+def _of_job(events: Sequence[Event], job_id: str) -> list[Event]:
+    """Of the attempts that this job has made: the same run may have been launched elsewhere, too."""
+    mine = {e.attempt for e in events if e.kind == "started" and e.data.get("job_id") == job_id}
+    return [e for e in events if e.attempt in mine]
 
 
 def _short(path: Path) -> str:
