@@ -62,6 +62,7 @@ class FaultyTrainer(Trainer):
                 time.sleep(0.01)
         if self._strikes("gil", self.step + 1):
             ctypes.PyDLL(None).pause()
+        self._strikes("slow", self.step + 1)  # marks when it began
         time.sleep(sum(f.seconds for _, f in self._mine if f.kind == "slow" and f.step <= self.step + 1))
         rows_BT = super().next_batch()
         batch = self.loader.data_batch(self.step)

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable, Sequence
 
 from orchestrator import spec as specs
-from orchestrator.record import Event, read_events
+from orchestrator.record import Event, read_events, say
 from orchestrator.run_dir import RunDir
 from slurm.lead import Incident, Lead, Slow
 
@@ -43,7 +43,7 @@ class Incidents:
 
     def may_restart(self, incident: Incident) -> bool:
         """Within the crash budget. An error that every rank of a first start raises before its first step comes again."""
-        print(f"{incident.cause}: {incident.detail}", flush=True)
+        say(f"{incident.cause}: {incident.detail}")
         if incident.cause == "hung":
             self._tell_hung(incident)
         events = read_events(self._directory.events)
@@ -77,7 +77,7 @@ class Incidents:
         try:
             file.write_text(f"{incident.detail}\n\n{incident.stacks}", encoding="utf-8")
         except OSError as error:
-            print(f"the stacks could not be written to {file}: {error}\n{incident.stacks}", flush=True)
+            say(f"the stacks could not be written to {file}: {error}\n{incident.stacks}")
         self._tell(
             "hung",
             incident.step,

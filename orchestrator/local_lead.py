@@ -15,7 +15,7 @@ from submitit.core.utils import JobPaths
 
 from orchestrator import spec as specs
 from orchestrator.incidents import Incidents
-from orchestrator.record import Event, JsonlWriter, utc_now
+from orchestrator.record import Event, JsonlWriter, say, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.webhook import post
 from slurm.lead import Incident
@@ -85,14 +85,14 @@ class _LocalLead:
 
     def tell(self, kind: str, step: int, detail: str, **data: object) -> None:
         event = Event(time_utc=utc_now(), kind=kind, step=step, detail=detail, data=data)
-        print(f"{event.time_utc} {kind}: {detail}", flush=True)
+        say(f"{kind}: {detail}")
         if thread := post(event, self.directory.root.name):
             self.posts.append(thread)
         try:
             with JsonlWriter(self.directory.events / "supervise.jsonl") as events:
                 events.write(event, durable=True)
         except OSError as error:  # a full disk: the ranks are started again all the same
-            print(f"the event {kind} could not be written: {error}", flush=True)
+            say(f"the event {kind} could not be written: {error}")
 
 
 def _told(incident: Incident) -> str:

@@ -31,7 +31,13 @@ from orchestrator.record import kept_steps
 _PER_RUN = 8  # kills of one run, those inside the ranks included
 _PAUSE_S = (0.3, 8.0)  # between two kills from outside
 _INSIDE = ("kill_in_commit", "kill_in_resume")
-_OUTSIDE = {"SIGKILL": signal.SIGKILL, "SIGSEGV": signal.SIGSEGV, "SIGTERM": signal.SIGTERM}
+_OUTSIDE = {
+    "SIGKILL": signal.SIGKILL,
+    "SIGSEGV": signal.SIGSEGV,
+    "SIGTERM": signal.SIGTERM,
+    "SIGSTOP": signal.SIGSTOP,  # of a rank alone: nobody watches over those that watch
+}
+_WATCHFUL = ["cluster.hang_timeout_s=5", "cluster.hang_timeout_slow_s=30"]
 
 
 @dataclass
@@ -114,7 +120,7 @@ def _live(root: Path, seed: int, share: int, control: judge.Losses) -> Life:
     """One run, killed up to `share` times."""
     draw = random.Random(seed)
     workplace = make_workplace(root / f"seed-{seed}")
-    stage = Stage(workplace, "killed", TWO_RANKS)
+    stage = Stage(workplace, "killed", [*TWO_RANKS, *_WATCHFUL])
     life = Life(seed=seed, directory=str(workplace))
     inside = [
         Fault(kind=draw.choice(_INSIDE), rank=draw.randrange(2), step=draw.randrange(STEPS))
@@ -158,10 +164,22 @@ def _kill_often(stage: Stage, draw: random.Random, share: int, life: Life) -> No
             launch.process.wait(pause_s)
         if launch.process.poll() is None and not stage.finished():
             kind = draw.choice(sorted(_OUTSIDE))
-            if victims := sorted(set(stage.processes()) - {launch.process.pid}):
+            if victims := _victims(stage, launch.process.pid, only_ranks=kind == "SIGSTOP"):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(draw.choice(victims), _OUTSIDE[kind])
                     life.kills[kind] += 1
+
+
+def _victims(stage: Stage, launch: int, only_ranks: bool) -> list[int]:
+    """What a random kill may meet. A rank is a fork of its keeper: both were started with the same words."""
+    words: dict[int, bytes] = {}
+    parents: dict[int, int] = {}
+    for pid in stage.processes():
+        with contextlib.suppress(OSError):
+            words[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    ranks = [p for p in parents if b"slurm.rank" in words[p] and words.get(parents[p]) == words[p]]
+    return sorted(ranks if only_ranks else set(parents) - {launch})
 
 
 def _judge(stage: Stage, control: judge.Losses, life: Life) -> None:

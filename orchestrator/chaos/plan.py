@@ -14,8 +14,7 @@ SAVE_EVERY = 5
 SLOT = 10  # steps that a fault inside the ranks has for itself
 FIRST = 7  # the first slot begins here: one checkpoint is there
 
-# A rank that ends in a way that it should not: told by the restart, or by the launch where it ends too.
-_DIED = r"^restarted: .*|Connection (reset|closed)|was killed|failed during processing|has not produced any output"
+_DIED = r"^restarted: inside the allocation, crash"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +31,8 @@ class Planned:
     skips: bool = False  # whether data may be skipped
 
 
-def _strike(kind: str, step: int, rank: int = 0) -> Fault:
-    return Fault(kind=kind, step=step, rank=rank)
+def _strike(kind: str, step: int, rank: int = 0, seconds: float = 0.0) -> Fault:
+    return Fault(kind=kind, step=step, rank=rank, seconds=seconds)
 
 
 PLAN: tuple[Planned, ...] = (
@@ -64,6 +63,28 @@ PLAN: tuple[Planned, ...] = (
         injected="SIGKILL of rank 0, then of rank 1 while both resume",
         seen=_DIED,
         faults=(_strike("kill", 1), _strike("kill_in_resume", -3, rank=1)),
+    ),
+    Planned(
+        name="sigstop",
+        scene="hangs",
+        injected="SIGSTOP of rank 1",
+        seen=r"^hung: rank 1 .*stopped",
+        faults=(_strike("freeze", 1, rank=1),),
+    ),
+    Planned(
+        name="gil_held",
+        scene="hangs",
+        injected="rank 0 holds the interpreter's lock, in C code that never returns",
+        seen=r"^hung: rank 0 ",
+        faults=(_strike("gil", 1),),
+    ),
+    Planned(
+        name="slow_rank",
+        scene="hangs",
+        injected="rank 1 sleeps 0.3 s before each step from there on",
+        seen=r"^straggler: rank 1 ",
+        faults=(_strike("slow", 1, rank=1, seconds=0.3),),
+        repeats=0,
     ),
     Planned(
         name="signal_to_one_rank",
@@ -236,8 +257,8 @@ PLAN: tuple[Planned, ...] = (
     Planned(
         name="scontrol_fails",
         scene="slurm",
-        injected="rank 1 is killed while scontrol fails, eight times",
-        seen=r"^(requeued: requeued: crash|restarted: )",
+        injected="the job is requeued, and scontrol fails eight times while the supervisor needs it",
+        seen=r"^requeued: requeued: requeued",
     ),
     Planned(
         name="timeout_signal",

@@ -61,7 +61,8 @@ class Scene:
 
 def inside(scene: Scene) -> None:
     """Whatever strikes inside the ranks, one after the other."""
-    stage = scene.stage(*TWO_RANKS)
+    hangs = ["cluster.hang_timeout_s=4"] if scene.planned[0].scene == "hangs" else []
+    stage = scene.stage(*TWO_RANKS, *hangs)
     stage.plan(scene.planned, scene.seed)
     stage.finish(launches=3 * len(scene.planned) + 2)
 
@@ -441,6 +442,7 @@ def poison(scene: Scene) -> None:
 
 SCENES: dict[str, Callable[[Scene], None]] = {
     "deaths": inside,
+    "hangs": inside,
     "signals": inside,
     "damage": damage,
     "newest_two": newest_two,

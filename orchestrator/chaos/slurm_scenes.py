@@ -10,7 +10,6 @@ from pathlib import Path
 
 from orchestrator.chaos.scenes import Scene, Skipped
 from orchestrator.chaos.stage import DidNotHold, Stage
-from orchestrator.faults import Fault
 from slurm.rendezvous import expand_hostlist
 from slurm.virtual import VirtualCluster, missing_packages
 
@@ -76,7 +75,7 @@ def _nodes(stage: Stage) -> list[str]:
 
 
 def slurm(scene: Scene) -> None:
-    """One job: preempted, requeued away from a drained node, and killed while scontrol does not answer."""
+    """One job: preempted, requeued away from a drained node, and requeued while scontrol fails."""
     cluster = scene.cluster.get()
     tools = scene.workplace / "bin"
     tools.mkdir()
@@ -91,9 +90,7 @@ def slurm(scene: Scene) -> None:
     (tools / "scontrol").chmod(0o755)
     path = {"PATH": f"{tools}:{os.environ['PATH']}"}
     stage = _stage(scene, cluster, *_TWO_NODES, **path)
-    if scene.wants("scontrol_fails"):
-        stage.faults = [Fault(kind="kill", rank=1, step=48)]
-    preempted, drained, crash = stage.gates(13, 28, 46)
+    preempted, drained, mute = stage.gates(13, 28, 46)
     job = _submit(stage)
     starts = 1
 
@@ -119,14 +116,17 @@ def slurm(scene: Scene) -> None:
         cluster.command("scontrol", "update", f"nodename={lost}", "state=resume")
     stage.go(drained)
 
-    stage.reached(crash)
+    stage.reached(mute)
     if scene.wants("scontrol_fails"):
         done = stage.hurt("scontrol_fails")
         broken.write_text("x\n" * 8)
-    stage.go(crash)
+        cluster.command("scontrol", "requeue", job)
+        starts += 1
+        stage.wait_event("resumed", starts - 1)
+        if not count.exists():
+            done.problems.append("no scontrol was needed")
+    stage.go(mute)
     stage.wait(stage.finished, "the end of the run")
-    if scene.wants("scontrol_fails") and not count.exists():
-        done.detected = "no event: no scontrol was needed"
 
 
 def slurm_timeout(scene: Scene) -> None:

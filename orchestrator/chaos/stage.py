@@ -41,6 +41,7 @@ SHAPE = [
     f"checkpoint.every_steps={SAVE_EVERY}",
     "carbon.measure=false",
     "layout=fsdp",
+    "cluster.hang_timeout_s=600",  # a gate holds rank 0 for longer than a step may take
 ]
 TWO_RANKS = ["cluster.gpus_per_node=2"]
 
