@@ -39,6 +39,10 @@ class _LocalLead:
         """Until the ranks have ended: why, where they failed."""
         incidents = Incidents(self.directory, self.spec, self.tell, lambda node, why: None, self.job_id, restarts=0)
         ranks = self.spec.cluster.gpus_per_node
+        limit_s = 60.0 * self.spec.cluster.time_limit_min
+        limit = threading.Timer(limit_s, self._pass_on, (signal.SIGUSR2, None))  # as Slurm's warning; monotonic
+        limit.daemon = True
+        limit.start()
         while True:
             lead = incidents.lead(ranks, "127.0.0.1", bind="127.0.0.1")
             thread = threading.Thread(target=lead.serve, name="lead")

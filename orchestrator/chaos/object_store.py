@@ -1,6 +1,7 @@
 """A real S3 server (moto) on loopback, behind a proxy that fails the requests that a scene or a test names."""
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -63,14 +64,13 @@ class ObjectStore:
 @contextlib.contextmanager
 def serving() -> Iterator[ObjectStore]:
     """A server with one empty bucket."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     store = ObjectStore()
     http = make_server("127.0.0.1", 0, store, threaded=True)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     store.endpoint = f"http://127.0.0.1:{http.server_port}"
-    s3fs.S3FileSystem(
-        key="test", secret="test", endpoint_url=store.endpoint, client_kwargs={"region_name": "us-east-1"},
-        skip_instance_cache=True,
-    ).mkdir(store.bucket)  # fmt: skip
+    client = s3fs.S3FileSystem(key="test", secret="test", endpoint_url=store.endpoint, skip_instance_cache=True)
+    client.mkdir(store.bucket)
     try:
         yield store
     finally:
