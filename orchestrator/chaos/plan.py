@@ -270,8 +270,8 @@ PLAN: tuple[Planned, ...] = (
     Planned(
         name="slurmd_killed",
         scene="slurm_zombie",
-        injected="SIGKILL of the node's slurmd; the ranks on it go on",
-        seen=r"^fenced: epoch 1 has been taken over by epoch 2",
+        injected="SIGKILL of the node's slurmd; the ranks on it stand still, and go on once the run is at work elsewhere",
+        seen=r"^requeued: requeued: node_failure",
         repeats=2 * SAVE_EVERY,
     ),
 )

@@ -4,6 +4,7 @@ other's way: each has its own nodes, or takes what is idle."""
 import contextlib
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -143,24 +144,39 @@ def slurm_timeout(scene: Scene) -> None:
 
 
 def slurm_zombie(scene: Scene) -> None:
-    """The whole run is on a node whose slurmd dies: Slurm starts it elsewhere, while the first one still trains."""
+    """The whole run is on a node that is cut off: slurmd is dead, all else stands still. Slurm starts the run elsewhere; then the
+    zombie wakes, before a step, with a save ahead of it."""
     cluster = scene.cluster.get()
     stage = _stage(scene, cluster, *_ONE_NODE)
-    (gate,) = stage.gates(12)
+    (gate,) = stage.gates(15)
     _submit(stage)
     stage.reached(gate)
     done = stage.hurt("slurmd_killed")
     (node,) = _nodes(stage)
-    cluster.kill_node(node, steps=False)
-    stage.wait_event("resumed")
-    if _nodes(stage) == [node]:
-        done.problems.append(f"it is on {node} again")
-    stage.wait_event("saved", 3)
-    if not cluster.processes_on(node):
-        done.problems.append("the ranks on the lost node were gone already: no zombie was tried")
-    stage.go(gate)  # the zombie trains on, until its next save
-    stage.wait_event("fenced")
+    zombies = cluster.processes_on(node)
+    for process in zombies:
+        process.signal(signal.SIGSTOP)
+    try:
+        cluster.kill_node(node, steps=False)
+        stage.wait_event("resumed")
+        stage.wait(lambda: any(e.attempt == 2 for e in stage.events("saved")), "a save of the second start")
+        if node in _nodes(stage):
+            done.problems.append(f"it is on {node} again")
+        if not all(process.alive() for process in zombies):
+            done.problems.append("the ranks on the lost node were gone already: no zombie was tried")
+        stage.go(gate)
+    finally:
+        for process in zombies:
+            process.signal(signal.SIGCONT)
+    stage.wait(lambda: not any(process.alive() for process in zombies), "the end of the zombie")
     stage.wait(stage.finished, "the end of the run")
+    if stage.events("fenced"):
+        end = "fenced"
+    else:
+        end = "ended by Slurm before its next save"
+    done.detected = f"{stage.events('requeued')[0].kind}: {stage.events('requeued')[0].detail}; the zombie was {end}"
+    if any(e.attempt == 1 and e.step > 10 for e in stage.events("saved")):
+        done.problems.append("the zombie committed a checkpoint")
     cluster.start_node(node)
 
 
