@@ -131,15 +131,16 @@ def slurm(scene: Scene) -> None:
 
 
 def slurm_timeout(scene: Scene) -> None:
-    """Rank 0 waits at a step until it is warned."""
+    """Rank 0 waits at a step until it is warned: the job's time limit is lowered while it runs."""
     cluster = scene.cluster.get()
-    stage = _stage(scene, cluster, *_TWO_NODES, "cluster.time_limit_min=1", "cluster.warn_s=50")
+    stage = _stage(scene, cluster, *_TWO_NODES, "cluster.time_limit_min=30", "cluster.warn_s=50")
     (gate,) = stage.gates(23)
     job = _submit(stage)
     stage.reached(gate)
     stage.hurt("timeout_signal")
+    cluster.command("scontrol", "update", f"jobid={job}", "TimeLimit=1")
     stage.wait_event("requeued")
-    cluster.command("scontrol", "update", f"jobid={job}", "TimeLimit=10")  # enough from here on
+    cluster.command("scontrol", "update", f"jobid={job}", "TimeLimit=30")
     stage.wait(stage.finished, "the end of the run")
 
 
