@@ -3,6 +3,9 @@
 M rows (batch x tokens), D width, V vocabulary.
 """
 
+import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,70 +13,117 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 24  # logits alive at a time: 64 MiB of fp32
+COMPILED_CHUNK_LOGITS = 1 << 26  # 128 MiB of bf16: compiled code turns them into their gradient in place
 
 
 def chunked_cross_entropy(
-    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, group: dist.ProcessGroup | None = None
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    group: dist.ProcessGroup | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Sum over rows of -log softmax(hidden weight^T)[target], in nats, fp32 scalar. Rows with target < 0 count nothing.
 
     Softmax is computed in fp32 from logits in the type of `hidden_MD`. The gradients are made in the forward pass, chunk by
     chunk, while the logits are at hand (as in Liger-Kernel, arXiv 2410.10989, section 3.2), so nothing is computed twice.
+    `compiled`: with one compiled pass over each chunk's logits instead of one for each operation.
 
     With `group` (tensor parallel), `weight_VD` is this rank's equal share of the vocabulary, and rows and targets are the same
     on all ranks: so is the loss, and the gradient of `hidden_MD` is this rank's part of a sum over the ranks.
     """
-    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, targets_M, group)
+    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, targets_M, group, compiled)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, group: dist.ProcessGroup | None
+        ctx: Any,
+        hidden_MD: Tensor,
+        master_VD: Tensor,
+        targets_M: Tensor,
+        group: dist.ProcessGroup | None,
+        compiled: bool,
     ) -> Tensor:
+        weight_VD = master_VD.to(hidden_MD.dtype)
         rows, vocabulary = hidden_MD.shape[0], weight_VD.shape[0]
-        first = group.rank() * vocabulary if group else 0  # of this rank's tokens of the vocabulary
-        chunk = max(1, CHUNK_LOGITS // vocabulary)
+        compiled = compiled and group is None
+        chunks = max(1, math.ceil(rows * vocabulary / (COMPILED_CHUNK_LOGITS if compiled else CHUNK_LOGITS)))
+        chunk = math.ceil(rows / min(chunks, rows))  # of equal size, as far as can be
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_MD) if want_hidden else None
-        # Summed in fp32 over the chunks: bf16 would lose the small ones.
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if want_weight else None
+        grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
+        to_gradient = _compiled_to_gradient() if compiled else _to_gradient
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
-            logits = (hidden_MD[part] @ weight_VD.T).float()
-            counted = targets_M[part] >= 0
-            targets = (targets_M[part] - first).clamp(0, vocabulary - 1)[:, None]
-            here = torch.ones_like(counted)  # whether the target's logit is on this rank
-            target_logit, log_sum = logits.gather(1, targets)[:, 0], logits.logsumexp(dim=-1)
-            if group:
-                here = (targets_M[part] >= first) & (targets_M[part] < first + vocabulary)
-                log_sum, target_logit = _over_ranks(log_sum, torch.where(here, target_logit, 0.0), group)
-            loss = log_sum - target_logit
-            total += torch.where(counted, loss, 0.0).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad_logits = logits.sub_(log_sum[:, None]).exp_()
-            grad_logits.scatter_add_(1, targets, -here[:, None].float())
-            grad_logits = torch.where(counted[:, None], grad_logits, 0.0).to(hidden_MD.dtype)
+            loss, grad_logits = to_gradient(
+                hidden_MD[part] @ weight_VD.T, targets_M[part], group, want_hidden or want_weight
+            )
+            total += loss
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden_MD[part]
+            if want_weight:
+                product = grad_logits.T @ hidden_MD[part]
+                if rows > chunk:  # summed in fp32 over the chunks: bf16 would lose the small ones
+                    product = product.float() if grad_weight is None else grad_weight.add_(product)
+                grad_weight = product
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.weight_dtype = master_VD.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None if grad_weight is None else grad_weight.to(ctx.weight_dtype, copy=True).mul_(grad),
+            None,
             None,
             None,
         )
+
+
+def _to_gradient(
+    logits_MV: Tensor, targets_M: Tensor, group: dist.ProcessGroup | None, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The summed loss, and its gradient at the logits."""
+    vocabulary = logits_MV.shape[1]
+    first = group.rank() * vocabulary if group else 0  # of this rank's tokens of the vocabulary
+    counted = targets_M >= 0
+    targets = (targets_M - first).clamp(0, vocabulary - 1)[:, None]
+    here = torch.ones_like(counted)  # whether the target's logit is on this rank
+    logits = logits_MV.float()
+    target_logit, log_sum = logits.gather(1, targets)[:, 0], logits.logsumexp(dim=-1)
+    if group:
+        here = (targets_M >= first) & (targets_M < first + vocabulary)
+        log_sum, target_logit = _over_ranks(log_sum, torch.where(here, target_logit, 0.0), group)
+    loss = torch.where(counted, log_sum - target_logit, 0.0).sum()
+    if not want_gradient:
+        return loss, logits_MV
+    grad_logits = logits.sub_(log_sum[:, None]).exp_()
+    grad_logits.scatter_add_(1, targets, -here[:, None].float())
+    return loss, torch.where(counted[:, None], grad_logits, 0.0).to(logits_MV.dtype)
+
+
+def _to_gradient_in_place(logits_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for compiled code: the target is found by comparison, so that all is one pass over each row, in its place."""
+    counted, logits = targets_M >= 0, logits_MV.float()
+    highest = logits.amax(dim=-1, keepdim=True)
+    log_sum = (logits - highest).exp().sum(dim=-1, keepdim=True).log() + highest
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets_M[:, None]
+    target_logit = logits_MV.gather(1, targets_M.clamp(min=0)[:, None]).float()
+    loss = torch.where(counted, (log_sum - target_logit)[:, 0], 0.0).sum()
+    gradient = (logits - log_sum).exp() - is_target.float()
+    logits_MV.copy_(torch.where(counted[:, None], gradient, 0.0))
+    return loss, logits_MV
+
+
+@cache
+def _compiled_to_gradient() -> Callable[..., tuple[Tensor, Tensor]]:
+    compiled = torch.compile(_to_gradient_in_place, dynamic=False)
+    return lambda logits_MV, targets_M, group, want_gradient: compiled(logits_MV, targets_M)
 
 
 def _over_ranks(log_sum_M: Tensor, target_logit_M: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -50,3 +50,15 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], stages: dist.ProcessGro
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
     """Scales all gradients by max_norm / norm where norm is above it."""
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor) -> None:
+    """Clips and makes one step. Fused AdamW scales gradients as it reads them, so clipping costs no pass over memory of its
+    own; it takes no scale for DTensors, whose gradients are scaled first.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(isinstance(p, DTensor) for p in parameters):
+        clip_gradients(parameters, max_norm, norm)
+    else:
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    optimizer.step()

@@ -65,10 +65,15 @@ def place_ranks(layout: Layout, device: torch.device) -> Ranks:
 
 
 def build_model(
-    config: ModelConfig, layout: Layout, ranks: Ranks, compute_dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    layout: Layout,
+    ranks: Ranks,
+    compute_dtype: torch.dtype,
+    seed: int,
+    compiled: bool = False,
 ) -> Transformer | Pipeline:
     """A model laid over the ranks and initialised: the same values whatever the layout. Parameters are fp32 shards;
-    each layer's are gathered in `compute_dtype`, gradients are reduced in fp32.
+    each layer's are gathered in `compute_dtype`, gradients are reduced in fp32. `compiled`: layers and loss, for training.
     """
     stage = ranks.mesh["pp"].get_local_rank() if ranks.mesh is not None else 0
     parts = []
@@ -76,6 +81,8 @@ def build_model(
         part = shape_part(config, layout, ranks, compute_dtype, layers)
         part.to_empty(device=ranks.device)
         part.initialize(seed)
+        if compiled:
+            part.compile_training()
         parts.append(part)
     if layout.pp == 1:
         return parts[0]

@@ -20,7 +20,7 @@ from model.data.loader import Loader
 from model.data.mixture import Skip
 from model.evaluate import held_out_losses
 from model.layout import Layout
-from model.optim import clip_gradients, global_grad_norm, learning_rate, make_optimizer, set_learning_rate
+from model.optim import clipped_step, global_grad_norm, learning_rate, make_optimizer, set_learning_rate
 from model.own_time import OwnTime
 from model.parallel import Ranks, build_model, forward_backward
 from model.pipeline import Pipeline
@@ -79,6 +79,7 @@ class TrainConfig:
     eval_every_steps: int
     eval_rows_per_source: int
     compute_dtype: torch.dtype
+    compiled: bool
     model: ModelConfig
     layout: Layout
     optim: OptimConfig
@@ -105,7 +106,7 @@ class Trainer:
         self.recorder, self.stop_requested, self.watch = recorder, stop_requested, watch
         self.node, self.pulse = node, pulse
         self.model: Transformer | Pipeline = build_model(
-            config.model, config.layout, ranks, config.compute_dtype, config.seed
+            config.model, config.layout, ranks, config.compute_dtype, config.seed, config.compiled
         )
         self.optimizer = make_optimizer(self.model, config.optim)
         self.own_time = OwnTime(self.model, ranks.device)
@@ -230,9 +231,8 @@ class Trainer:
         self.step += 1
         self.pulse("update", self.step)
         if apply:
-            clip_gradients(self.model.parameters(), max_norm, grad_norm)
             set_learning_rate(self.optimizer, self.learning_rate())
-            self.optimizer.step()
+            clipped_step(self.optimizer, max_norm, grad_norm)
 
     def learning_rate(self) -> float:
         return learning_rate(self.step, self.config.steps, self.config.optim) * self.watch.lr_scale

@@ -7,6 +7,7 @@ autocast and FSDP2 (which hands in bf16 parameters already) computes the same.
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -78,16 +79,21 @@ class Block(nn.Module):
         """`recompute`: what the backward pass computes again: none | selective | full (model/recompute.py)."""
         super().__init__()
         self.recompute = recompute
+        self.compiled: Callable[[Block, Tensor, Tensor], Tensor] | None = None  # train_pass, where it pays
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        recompute = self.recompute if torch.is_grad_enabled() else "none"
-        if recompute == "full":
+        if not torch.is_grad_enabled():  # rows of any length are evaluated and sampled: never compiled
+            return self.compute(x_BTD, rope)
+        return self.compiled(self, x_BTD, rope) if self.compiled else self.train_pass(x_BTD, rope)
+
+    def train_pass(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        if self.recompute == "full":
             return recomputing(self.compute, x_BTD, rope)
-        if recompute == "selective":
+        if self.recompute == "selective":
             x_BTD = x_BTD + recomputing(self.attend, x_BTD, rope, keep_products=3)
             return x_BTD + recomputing(self.feed, x_BTD, keep_products=2)
         return self.compute(x_BTD, rope)
@@ -125,6 +131,7 @@ class Transformer(nn.Module):
         self.context: ContextParallel | None = None
         self.row_shares = 1  # ranks that share a row's tokens
         self.row_multiple = 1  # the tokens of a row divide by it
+        self.compiled = False
         if self.is_first:
             self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): Block(config, recompute) for i in layers})
@@ -132,6 +139,14 @@ class Transformer(nn.Module):
             self.norm = RMSNorm(config.dim, config.norm_eps)
             self.output = Linear(config.dim, config.vocab_size)
         self.register_buffer("rope", torch.empty(2, config.sequence_length, config.head_dim // 2), persistent=False)
+
+    def compile_training(self) -> None:
+        """Compiles what training computes in layers and loss: one layer's code serves them all."""
+        compiled = torch.compile(Block.train_pass, dynamic=False)
+        for layer in self.layers.values():
+            assert isinstance(layer, Block)
+            layer.compiled = compiled
+        self.compiled = True
 
     def share_rows(self, context: ContextParallel | None, tp: int) -> None:
         """Says which ranks have the other tokens of this one's rows: context parallel, and `tp` tensor parallel ones."""
@@ -161,12 +176,13 @@ class Transformer(nn.Module):
             logits = self.output(x_BTD)
             return self.context.gather(logits) if self.context else logits
         targets_BT = self.context.take(targets_BT) if self.context else targets_BT
-        weight_VD, group = self.output.weight.to(x_BTD.dtype), None
+        weight_VD, group = self.output.weight, None
         if isinstance(weight_VD, DTensor):  # tensor parallel: each rank has some of the vocabulary, and all tokens here
             group = weight_VD.device_mesh.get_group()
             weight_VD = weight_VD.to_local()
             x_BTD = x_BTD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        return chunked_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), group)
+        compiled = self.compiled and torch.is_grad_enabled()
+        return chunked_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), group, compiled)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

@@ -44,6 +44,7 @@ class RunSpec:
     eval_every_steps: int
     eval_rows_per_source: int
     precision: str  # auto (bf16 where the hardware has it) | bf16 | fp32
+    compile: str  # layers and loss through torch.compile: auto (where the run is long enough) | on | off
     run_root: str  # run directories are made below it
     model: ModelConfig
     data: DataConfig
@@ -78,6 +79,8 @@ class RunSpec:
         ]
         if self.precision not in ("auto", "bf16", "fp32"):
             found.append(f"precision={self.precision} is none of auto, bf16, fp32")
+        if self.compile not in ("auto", "on", "off"):
+            found.append(f"compile={self.compile} is none of auto, on, off")
         sections = (
             self.model,
             self.data,
@@ -196,7 +199,7 @@ def _only_sets_a_value(override: Override) -> bool:
 
 
 _PLAIN_KEYS = frozenset(
-    ("name", "seed", "steps", "eval_every_steps", "eval_rows_per_source", "precision", "run_root")
+    ("name", "seed", "steps", "eval_every_steps", "eval_rows_per_source", "precision", "compile", "run_root")
 )  # of RunSpec, those that are no group
 
 

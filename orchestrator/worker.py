@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from model.checkpoint.lease import Fenced
 from model.checkpoint.store import CheckpointError, CheckpointStore
+from model.cost import flops_per_token
 from model.data.loader import Loader
 from model.data.prepare import PreparedData
+from model.device import choose, keep_memory, prepare
 from model.generate import generate
 from model.parallel import Ranks, place_ranks
 from model.train import TrainConfig, Trainer
@@ -107,6 +109,7 @@ def main(run_dir: str) -> str:
     # on fewer nodes than it was launched for (cluster.min_nodes) fewer data-parallel ranks share the same batch
     spec.layout = shrunk(spec.layout, here.world_size, spec.optim.batch_sequences)
     device, dtype = _hardware(spec, here)
+    memory = keep_memory(device)
     if here.world_size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -130,7 +133,7 @@ def main(run_dir: str) -> str:
             _BudgetWatch(directory, recorder, stop) if budgeted else nullcontext(),
         ):
             try:
-                return _train(spec, directory, here, ranks, dtype, recorder, stop)
+                return _train(spec, directory, here, ranks, dtype, memory, recorder, stop)
             except (CheckpointError, Fenced) as error:  # told to a person as it is; every rank has it
                 recorder.event("failed", 0, str(error))
                 return "failed"
@@ -147,6 +150,7 @@ def _train(
     here: Place,
     ranks: Ranks,
     dtype: torch.dtype,
+    memory: str,
     recorder: RunRecorder,
     stop: StopFlag,
 ) -> str:
@@ -160,12 +164,16 @@ def _train(
         skips=[],
     )
     store = CheckpointStore(spec.checkpoint.url or str(directory.checkpoints), spec.checkpoint, on_event=recorder.event)
+    rank_flops = flops_per_token(spec.model) * spec.batch_tokens * spec.steps / spec.layout.gpus
+    choices = choose(ranks.device, spec.compile, rank_flops, spec.layout.tp)
+    prepare(choices, ranks.mesh)
     config = TrainConfig(
         seed=spec.seed,
         steps=spec.steps,
         eval_every_steps=spec.eval_every_steps,
         eval_rows_per_source=spec.eval_rows_per_source,
         compute_dtype=dtype,
+        compiled=choices.compile,
         model=spec.model,
         layout=spec.layout,
         optim=spec.optim,
@@ -176,10 +184,11 @@ def _train(
     recorder.event(
         "started",
         0,
-        f"attempt {recorder.attempt} on {ranks.dp} rank(s), {ranks.device.type}, {kind}",
+        f"attempt {recorder.attempt} on {ranks.dp} rank(s), {ranks.device.type}, {kind}, {choices.why}; memory: {memory}",
         ranks=ranks.dp,
         device=ranks.device.type,
         precision=kind,
+        compiled=choices.compile,
         threads=torch.get_num_threads(),
         host=here.node,
         node_list=os.environ.get("SLURM_STEP_NODELIST", here.node),

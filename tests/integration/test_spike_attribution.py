@@ -64,6 +64,7 @@ def train(rank: int, layout: Layout, steps: int, faults: str) -> tuple[list[floa
         eval_every_steps=10**6,
         eval_rows_per_source=1,
         compute_dtype=torch.float32,
+        compiled=False,
         model=MODEL,
         layout=layout,
         optim=OptimConfig(name="t", lr=1e-3, warmup_steps=1, batch_sequences=8),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig, OptimConfig
-from model.optim import clip_gradients, global_grad_norm, learning_rate, make_optimizer
+from model.optim import clip_gradients, clipped_step, global_grad_norm, learning_rate, make_optimizer
 from model.transformer import Transformer
 
 OPTIM = OptimConfig(name="test", lr=1.5e-4)
@@ -41,3 +41,23 @@ def test_clipping_is_by_the_global_norm() -> None:
     clip_gradients(parameters, 1.0, norm)
     assert global_grad_norm(parameters).item() == pytest.approx(1.0, rel=1e-5)
     assert parameters[0].grad[0].item() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+def test_a_clipped_step_is_clipping_and_a_step(max_norm: float) -> None:
+    stepped = []
+    for fused in (True, False):
+        weight = torch.nn.Parameter(torch.ones(3, 4))
+        optimizer = torch.optim.AdamW(
+            [weight], lr=0.1, eps=0.1, fused=True
+        )  # a large eps: the scale of gradients shows
+        for _ in range(2):
+            weight.grad = torch.arange(12.0).view(3, 4)
+            norm = global_grad_norm([weight])
+            if fused:
+                clipped_step(optimizer, max_norm, norm)
+            else:
+                clip_gradients([weight], max_norm, norm)
+                optimizer.step()
+        stepped.append(weight.detach())
+    torch.testing.assert_close(stepped[0], stepped[1])

@@ -1,0 +1,212 @@
+"""One contender of bench_speed.py, in a process of its own: whole training steps (forward, backward, clipping, AdamW).
+
+`python speed_step.py CONTENDER SHAPE TUNED STEPS` prints one JSON line. Peers run in the environment that bench_speed.py makes,
+which shares this project's torch and nothing else.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SHAPES: dict[str, dict[str, int]] = {
+    "S": {"dim": 512, "n_layers": 8, "n_heads": 8, "ffn_dim": 1536, "vocab_size": 32000, "sequence": 512, "batch": 4},
+    "M": {
+        "dim": 1024,
+        "n_layers": 12,
+        "n_heads": 16,
+        "ffn_dim": 2816,
+        "vocab_size": 32000,
+        "sequence": 1024,
+        "batch": 1,
+    },
+}
+WARM_STEPS = 3
+BUSY_ELSEWHERE = 0.05  # a step during which others took more of the processor than this does not count
+CLIP, LR, BETAS, DECAY = 1.0, 3e-4, (0.9, 0.95), 0.1
+
+
+def litgpt(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
+    from litgpt.config import Config
+    from litgpt.model import GPT
+
+    return GPT(
+        Config(
+            block_size=shape["sequence"],
+            n_layer=shape["n_layers"],
+            n_head=shape["n_heads"],
+            n_embd=shape["dim"],
+            vocab_size=shape["vocab_size"],
+            padded_vocab_size=shape["vocab_size"],
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            intermediate_size=shape["ffn_dim"],
+            parallel_residual=False,
+            rotary_percentage=1.0,
+            bias=False,
+        )
+    )
+
+
+def torchtitan(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
+    from unittest import mock
+
+    with mock.patch.dict(sys.modules, {"datasets": mock.MagicMock(), "datasets.distributed": mock.MagicMock()}):
+        from torchtitan.models.llama3 import Transformer, TransformerModelArgs  # its data loader is not asked for
+
+    args = TransformerModelArgs(
+        dim=shape["dim"],
+        n_layers=shape["n_layers"],
+        n_heads=shape["n_heads"],
+        vocab_size=shape["vocab_size"],
+        multiple_of=512 if shape["dim"] == 512 else 256,
+        max_seq_len=shape["sequence"],
+    )
+    model = Transformer(args)
+    with torch.no_grad():
+        model.init_weights()
+    assert model.layers["0"].feed_forward.w1.out_features == shape["ffn_dim"]
+    return model
+
+
+def transformers(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["dim"],
+        intermediate_size=shape["ffn_dim"],
+        num_hidden_layers=shape["n_layers"],
+        num_attention_heads=shape["n_heads"],
+        max_position_embeddings=shape["sequence"],
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def peer(name: str, shape: dict[str, int], tuned: bool) -> Callable[[Tensor], float]:
+    """A peer's model in the recipe that all three document: bf16 autocast, mean cross-entropy, clipping, fused AdamW."""
+    model: Any = {"litgpt": litgpt, "torchtitan": torchtitan, "transformers": transformers}[name](shape)
+    with torch.no_grad():
+        for parameter in model.parameters():  # all begin alike: the losses can be compared
+            parameter.normal_(0.0, 0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        logits = model(rows[:, :-1])
+        logits = getattr(logits, "logits", logits)
+        return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+    compiled = torch.compile(loss_of) if tuned else loss_of
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+
+    def step(rows: Tensor) -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def arriero(shape: dict[str, int], tuned: bool) -> Callable[[Tensor], float]:
+    """What the trainer's ranks run (model/train.py), without data and records."""
+    from model.config import ModelConfig, OptimConfig
+    from model.device import choose, keep_memory, prepare
+    from model.layout import Layout
+    from model.optim import clipped_step, global_grad_norm, make_optimizer
+    from model.parallel import Ranks, build_model, forward_backward
+
+    config = ModelConfig(
+        name="bench",
+        dim=shape["dim"],
+        n_layers=shape["n_layers"],
+        n_heads=shape["n_heads"],
+        ffn_dim=shape["ffn_dim"],
+        vocab_size=shape["vocab_size"],
+        sequence_length=shape["sequence"],
+    )
+    device = torch.device("cpu")
+    choices = choose(device, "on" if tuned else "off", 0.0, 1)
+    if tuned:
+        keep_memory(device)
+    prepare(choices, None)
+    layout = Layout(name="bench", microbatch_sequences=shape["batch"])
+    model = build_model(config, layout, Ranks(device), torch.bfloat16, 1, choices.compile)
+    optim = OptimConfig(name="bench", lr=LR, warmup_steps=0, batch_sequences=shape["batch"])
+    optimizer = make_optimizer(model, optim)
+    tokens = shape["batch"] * shape["sequence"]
+
+    def step(rows: Tensor) -> float:
+        optimizer.zero_grad()
+        loss = forward_backward(model, rows, shape["batch"], 1 / tokens).item() / tokens
+        norm = global_grad_norm(model.parameters())
+        clipped_step(optimizer, CLIP, norm)
+        return loss
+
+    return step
+
+
+def cpu_s() -> tuple[float, float]:
+    """Processor seconds used so far: of this process, of the whole machine."""
+    own = time.process_time()
+    with open("/proc/stat") as file:
+        fields = [int(f) for f in file.readline().split()[1:9]]
+    return own, (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def main(name: str, shape_name: str, tuned: bool, steps: int) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    torch.manual_seed(1)
+    shape = SHAPES[shape_name]
+    step = arriero(shape, tuned) if name == "arriero" else peer(name, shape, tuned)
+    # Zipf's law, as words have it: there is something to learn, and every contender sees the same rows.
+    probabilities = 1.0 / torch.arange(1, shape["vocab_size"] + 1)
+    generator = torch.Generator().manual_seed(2)
+
+    def rows() -> Tensor:
+        count = shape["batch"] * (shape["sequence"] + 1)
+        return torch.multinomial(probabilities, count, replacement=True, generator=generator).view(shape["batch"], -1)
+
+    began, losses = time.perf_counter(), []
+    for _ in range(WARM_STEPS):
+        losses.append(step(rows()))
+    warm_s = time.perf_counter() - began
+    measured = []
+    for _ in range(steps):
+        batch = rows()
+        (own, all_), started = cpu_s(), time.perf_counter()
+        losses.append(step(batch))
+        step_s, (own_after, all_after) = time.perf_counter() - started, cpu_s()
+        others = max(0.0, (all_after - all_) - (own_after - own)) / (step_s * (os.cpu_count() or 1))
+        measured.append((step_s, others, own_after - own))
+    print(
+        json.dumps(
+            {
+                "contender": name,
+                "shape": shape_name,
+                "tuned": tuned,
+                "tokens": shape["batch"] * shape["sequence"],
+                "step_s": [s for s, _, _ in measured],
+                "others": [o for _, o, _ in measured],
+                "cpu_s": [c for _, _, c in measured],
+                "warm_s": warm_s,
+                "losses": losses,
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3] == "tuned", int(sys.argv[4]))

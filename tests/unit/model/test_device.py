@@ -1,0 +1,73 @@
+"""What is chosen for the device: when code is compiled, what it computes, and memory that is kept."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model import device as device_module
+from model.config import ModelConfig
+from model.device import COMPILE_FLOPS, choose
+from model.transformer import Transformer
+
+CPU = torch.device("cpu")
+PAGE_FAULTS = """
+import resource, sys, torch
+from model.device import keep_memory
+print(keep_memory(torch.device("cpu")), file=sys.stderr)
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24), torch.ones(1 << 23)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_a_short_run_is_not_compiled_and_says_why() -> None:
+    choices = choose(CPU, "auto", COMPILE_FLOPS / 2, tp=1)
+    assert not choices.compile
+    assert "short run" in choices.why
+
+
+def test_without_a_compiler_a_long_run_goes_on_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setattr(device_module.torch, "compile", _no_compiler)
+    for wanted, flops in (("auto", COMPILE_FLOPS * 2), ("on", 0.0)):
+        choices = choose(CPU, wanted, flops, tp=1)
+        assert not choices.compile
+        assert "No working C++ compiler found" in choices.why
+
+
+def _no_compiler(*_: object, **__: object) -> object:
+    raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a trace")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
+def test_memory_that_is_freed_is_found_again_without_page_faults() -> None:
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True)
+    assert "kept" in done.stderr
+    assert int(done.stdout) < 100  # 24,576 pages of 4 KiB otherwise
+
+
+@pytest.mark.slow
+def test_compiled_training_computes_the_same_and_repeats_bit_by_bit() -> None:
+    config = ModelConfig(name="t", dim=64, n_layers=2, n_heads=4, ffn_dim=160, vocab_size=97, sequence_length=32)
+    tokens = torch.randint(0, 97, (2, 33), generator=torch.Generator().manual_seed(2))
+    targets = tokens[:, 1:].clone()
+    targets[0, :3] = -1
+
+    def gradients(compiled: bool) -> dict[str, torch.Tensor]:
+        model = Transformer(config)
+        model.initialize(seed=1)
+        if compiled:
+            model.compile_training()
+        loss = model(tokens[:, :-1], targets)
+        loss.backward()
+        return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+    expected, found, again = gradients(False), gradients(True), gradients(True)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found[name], again[name])
