@@ -60,8 +60,10 @@ def sweep_page(
         f"<h1>{escape(name)}</h1><p>{escape(', '.join(summary))} (energy of all points together, each device once)</p>"
     ]
     shown = [p for p in points if _loss(p) is not None]
+    dropped = [p for p in points if p.state == "dropped" and p.held_out_loss and math.isfinite(p.held_out_loss)]
     if shown and axes:
-        body.append("<h2>Parallel coordinates</h2>" + _coordinates(axes, shown, colors))
+        told = "<p>dashed: dropped by halving, with the held-out loss of then</p>" if dropped else ""
+        body.append(f"<h2>Parallel coordinates</h2>{told}" + _coordinates(axes, [*shown, *dropped], colors))
     curves = [Series("", colors[p.name], line=p.curve) for p in reversed(points) if len(p.curve) > 1]
     if curves:
         low, high = _level_range(points)
@@ -120,8 +122,10 @@ def _coordinates(axes: Sequence[str], points: Sequence[SweepPoint], colors: dict
         values = [*(p.values[a] for a in axes), str(p.held_out_loss)]
         line = " ".join(f"{_LEFT + i * step:.1f},{y(places[i][v]):.1f}" for i, v in enumerate(values))
         tip = escape(f"{p.name}: {p.held_out_loss}")
+        dashes = ' stroke-dasharray="6 4"' if p.state == "dropped" else ""
         parts.append(
-            f'<polyline points="{line}" fill="none" stroke="{colors[p.name]}" stroke-width="2"><title>{tip}</title></polyline>'
+            f'<polyline points="{line}" fill="none" stroke="{colors[p.name]}" stroke-width="2"{dashes}>'
+            f"<title>{tip}</title></polyline>"
         )
     for i, head in enumerate(heads):
         at = _LEFT + i * step

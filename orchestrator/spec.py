@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,12 @@ def load(path: Path) -> RunSpec:
     """The spec that a run directory holds. What did not exist when it was written has today's default."""
     if not path.exists():
         raise UserError(f"{path} does not exist: is this a run directory?")
-    values = OmegaConf.load(path)
+    return copy.deepcopy(_loaded(path.read_text(encoding="utf-8")))
+
+
+@lru_cache(maxsize=1024)  # a sweep's report asks several times for each of many
+def _loaded(text: str) -> RunSpec:
+    values = OmegaConf.create(text)
     try:
         return _typed(values)
     except MissingMandatoryValue:

@@ -72,13 +72,12 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
                 events.write(Event(time_utc=utc_now(), kind="resumed_by_hand", step=0, detail="submitted again"))
     code = str(snapshot(root / "code"))
     largest = queue.max_array_size()
-    for cluster, runs in _by_cluster(fresh):
-        parts = [runs[i : i + largest] for i in range(0, len(runs), largest)]
-        for part in parts:
-            limit = max(1, limit_parallel // len(parts)) if limit_parallel else None
-            job_id = _submit(root, part, cluster, code, limit)
-            at_once = f", {limit} at a time" if limit else ""
-            print(f"job array {job_id}: {len(part)} points on {cluster.name}{at_once}")
+    arrays = [(c, runs[i : i + largest]) for c, runs in _by_cluster(fresh) for i in range(0, len(runs), largest)]
+    limit = max(1, limit_parallel // len(arrays)) if limit_parallel and arrays else None
+    for cluster, part in arrays:
+        job_id = _submit(root, part, cluster, code, limit)
+        at_once = f", {limit} at a time" if limit else ""
+        print(f"job array {job_id}: {len(part)} points on {cluster.name}{at_once}")
 
 
 def _submitted_alone(journal: Path) -> bool:

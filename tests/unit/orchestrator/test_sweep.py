@@ -4,14 +4,17 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from orchestrator import launch, sweep
+from orchestrator import launch, sweep, sweep_slurm
 from orchestrator.errors import Failure, UserError
 from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec, to_yaml
+from slurm import queue
+from slurm.request import ClusterConfig
 
 
 def by_id(*overrides: str) -> dict[str, str]:
@@ -211,6 +214,25 @@ def test_halving_refuses_points_whose_steps_are_not_alike(ran: list[str], swept:
     with pytest.raises(UserError, match=message):
         sweep.launch_sweep(["model=nano", "name=x", swept], halving=20)
     assert not ran
+
+
+def test_more_points_than_an_array_takes_are_split_and_share_the_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arrays: list[tuple[int, int, int | None]] = []
+
+    def submit(root: Path, runs: Sequence[RunSpec], cluster: ClusterConfig, code: str, limit: int | None) -> str:
+        arrays.append((len(runs), cluster.cpus_per_gpu, limit))
+        return "1"
+
+    monkeypatch.setattr(sweep_slurm, "_submit", submit)
+    monkeypatch.setattr(sweep_slurm, "snapshot", lambda folder: folder)
+    monkeypatch.setattr(queue, "max_array_size", lambda: 4)
+    monkeypatch.setattr(launch, "_prepare", lambda console, spec: SimpleNamespace(root=tmp_path))
+    words = ["model=nano", "name=many", "cluster=slurm", "cluster.gpus_per_node=1"]
+    assert sweep.launch_sweep([*words, "seed=range(10)", "cluster.cpus_per_gpu=1,2"], limit_parallel=12) == 0
+    assert arrays == [(4, 1, 2), (4, 1, 2), (2, 1, 2), (4, 2, 2), (4, 2, 2), (2, 2, 2)]
 
 
 def test_two_commands_cannot_lead_one_sweep(ran: list[str], tmp_path: Path) -> None:
