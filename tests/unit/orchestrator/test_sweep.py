@@ -254,6 +254,8 @@ def test_the_commands_of_the_documentation_are_valid() -> None:
         args = _parser().parse_args(words)
         if words[0] == "launch":
             config_dir = root / args.config_dir if args.config_dir else None
+            if "hydra/sweeper=optuna" in words:  # whose points are not known yet
+                continue
             points = sweep.expand(args.overrides, config_dir)[1]
             assert len(points) > 1
             assert compose(points[0].overrides, config_dir)
