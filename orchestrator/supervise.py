@@ -129,6 +129,8 @@ def ended_by_slurm(job: queue.JobDetails | None, restarts: int) -> Decision | No
     While a start comes to its end slurmctld says COMPLETING, whatever the cause: a requeue has counted one restart more by
     then, a time limit stands in the reason, and what is left is scancel.
     """
+    if job is not None and (job.restarts or 0) > restarts:  # also where it runs already: this start is a lost node's
+        return Decision("release", "requeued", "Slurm has put it back into the queue")
     if job is None or job.state in (
         "RUNNING",
         "UNKNOWN",
@@ -139,7 +141,7 @@ def ended_by_slurm(job: queue.JobDetails | None, restarts: int) -> Decision | No
         "SIGNALING",
     ):
         return None
-    if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT") or (job.restarts or 0) > restarts:
+    if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
         return Decision("release", "requeued", "Slurm has put it back into the queue")
     left_s = job.time_left_s
     if job.state == "TIMEOUT" or job.reason == "TimeLimit" or (left_s is not None and left_s <= 0):

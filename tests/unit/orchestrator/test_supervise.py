@@ -110,3 +110,9 @@ def test_refused_starts_are_counted_in_a_row() -> None:
     refused = event("requeued", cause="unfit_node")
     assert rejections_so_far([refused, event("started"), refused, refused]) == 2
     assert rejections_so_far([refused, event("resumed_by_hand")]) == 0
+
+
+def test_the_start_of_a_lost_node_leaves_the_job_alone_that_runs_elsewhere() -> None:
+    elsewhere = details("RUNNING", restarts=1)
+    assert decide(None, 1, elsewhere, False, 0, 3, 180, restarts=0).act == "release"
+    assert decide(None, 1, elsewhere, False, 0, 3, 180, restarts=1).act == "requeue"
