@@ -33,6 +33,7 @@ _STRANGER_S = 60.0  # within which a connection proves itself
 _HELLO_BYTES = 4096
 _LINE_BYTES = 1 << 20
 _ROUND_S = 2.0  # between two comparisons of the ranks' paces
+_ROUNDS = 3  # in a row, after which a rank is slow
 _FRESH_S = 60.0  # what a pace counts for
 # The innermost Python frame of a rank that waits for others.
 _WAITS = re.compile(r"distributed_c10d\.py|_functional_collectives\.py|_fsdp_collectives\.py|pipelining/schedules\.py")
@@ -416,7 +417,7 @@ class Paces:
         self._round_s = 0.0
 
     def heard(self, rank: int, node: str, said: Mapping[str, Any], now_s: float) -> list[Slow]:
-        """Those that are slow from now on: by `slow_ratio` in two comparisons in a row. Each is told once, until it recovers."""
+        """Those that are slow from now on, by `slow_ratio` in three comparisons in a row; each once, until it recovers."""
         steps, own_s = int(said["pace"]), float(said["own_s"])
         steps_before, own_before_s = self._last.get(rank, (0, 0.0))
         self._last[rank] = steps, own_s
@@ -434,7 +435,7 @@ class Paces:
                 self._told.discard(r)
                 continue
             self._suspects[r] = self._suspects.get(r, 0) + 1
-            if self._suspects[r] >= 2 and r not in self._told:
+            if self._suspects[r] >= _ROUNDS and r not in self._told:
                 self._told.add(r)
                 found.append(
                     Slow(rank=r, node=its_node, step=step, ratio=pace_s / median_s, own_s=pace_s, median_s=median_s)

@@ -2,8 +2,10 @@
 
 import pytest
 
+from orchestrator.incidents import crashes_so_far
 from orchestrator.record import Event
-from orchestrator.supervise import _of_this_start, crashes_so_far, decide, rejections_so_far
+from orchestrator.supervise import _of_this_start, decide, rejections_so_far
+from slurm.lead import Incident
 from slurm.queue import JobDetails
 
 
@@ -59,6 +61,18 @@ def test_a_new_checkpoint_forgives_crashes_and_other_causes_never_count() -> Non
     assert crashes_so_far([event("saved", 10), crash, event("saved", 20), crash]) == 1
     assert crashes_so_far([event("saved", 20), crash, event("saved", 10), crash]) == 2  # saved again, got no further
     assert crashes_so_far([crash, crash, event("resumed_by_hand")]) == 0
+    inside = [event("restarted", cause=cause) for cause in ("crash", "hung", "node_failure", "unfit_node")]
+    assert crashes_so_far([crash, *inside]) == 3
+
+
+def test_an_error_of_every_rank_at_the_first_start_ends_the_run_with_it() -> None:
+    incident = Incident(cause="crash", rank=0, node="n1", detail="rank 0 on n1: ValueError: lr", at_start=True)
+    first = decide(None, 1, job(), False, 0, 3, 180.0, incident=incident)
+    assert (first.act, first.cause) == ("end", "error")
+    assert "ValueError: lr" in first.reason
+    later = decide(None, 1, job(), False, 0, 3, 180.0, restarts=1, incident=incident)
+    assert (later.act, later.cause) == ("requeue", "crash")
+    assert decide(None, 1, job(), False, 9, 3, 180.0, lost=["n1"], incident=incident).cause == "node_failure"
 
 
 def test_a_lost_node_is_no_crash_even_where_the_ranks_say_it_first() -> None:

@@ -61,7 +61,7 @@ def test_a_signal_is_blamed_before_an_exception_and_that_before_the_exception_of
     assert sorted(range(4), key=lambda n: blame(*ends[n]))[:2] == [3, 2]
 
 
-def test_a_slow_rank_is_told_once_after_two_comparisons_and_again_after_it_recovered() -> None:
+def test_a_slow_rank_is_told_once_after_three_comparisons_and_again_after_it_recovered() -> None:
     paces = Paces(4, 1.5)
     told: list[Slow] = []
     for turn in range(1, 13):
