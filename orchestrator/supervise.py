@@ -44,7 +44,7 @@ _BREATH_S = 8  # between the end of one start and the next
 _LOST_NODE_S = 75  # the same after a lost node: slurmstepd waits for its report, 60 s and 3 more a tree level
 _LATER_S = 60  # the same, after a fault that may pass: a file system that does not answer
 _ENDS = ("finished", "stopped", "failed")
-_SRUN_ENDS_S = 15.0  # after its ranks; then it is ended, and this long later killed
+_SRUN_ENDS_S = 60.0  # after its ranks, a tenth where a node may be gone; then it is ended, and this long later killed
 _SLURMS_WORDS: dict[str, Cause] = {
     "PREEMPTED": "preempted",
     "NODE_FAIL": "node_failure",
@@ -337,9 +337,10 @@ class _Supervisor:
     def _serve(self, lead: Lead, process: subprocess.Popen[bytes]) -> None:
         """Leads the ranks; once they have ended srun does, in a moment. Where a node is gone with its ranks it may not."""
         lead.serve()
+        ends_s = _SRUN_ENDS_S if lead.incident is None or lead.incident.cause != "lost" else _SRUN_ENDS_S / 10
         for end in (process.terminate, process.kill):
             try:
-                process.wait(_SRUN_ENDS_S)
+                process.wait(ends_s)
                 return
             except subprocess.TimeoutExpired:
                 print(f"{utc_now()} supervise: the ranks have ended, and srun has not: it is ended", flush=True)
