@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from model.attention import ContextParallel, causal_attention
 from model.config import ModelConfig
+from model.cpu_attention import block_attention
 from model.loss import chunked_cross_entropy
 from model.recompute import recomputing
 from model.rope import apply_rope, rope_table
@@ -50,6 +51,7 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, config.dim)
         self.wo = Linear(config.dim, config.dim)
         self.context: ContextParallel | None = None  # where ranks share a row's tokens
+        self.in_blocks = False  # compiled for a CPU (model/cpu_attention.py)
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
         if self.context:
@@ -58,6 +60,8 @@ class Attention(nn.Module):
         q_BTNH = apply_rope(self.wq(x_BTD).view(heads), rope)
         k_BTNH = apply_rope(self.wk(x_BTD).view(heads), rope)
         v_BTNH = self.wv(x_BTD).view(heads)
+        if self.in_blocks and torch.is_grad_enabled() and self.context is None:
+            return self.wo(block_attention(q_BTNH, k_BTNH, v_BTNH).flatten(2))
         return self.wo(causal_attention(q_BTNH, k_BTNH, v_BTNH, self.context).flatten(2))
 
 
@@ -146,6 +150,8 @@ class Transformer(nn.Module):
         for layer in self.layers.values():
             assert isinstance(layer, Block)
             layer.compiled = compiled
+            # What is recomputed selectively keeps attention's output, and knows it by torch's kernel.
+            layer.attention.in_blocks = self.rope.device.type == "cpu" and layer.recompute == "none"
         self.compiled = True
 
     def share_rows(self, context: ContextParallel | None, tp: int) -> None:

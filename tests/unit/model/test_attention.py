@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.attention import causal_attention, reference_attention
+from model.cpu_attention import BLOCK, block_attention
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -34,3 +35,17 @@ def test_no_attention_weights_are_stored_for_the_backward_pass() -> None:
         causal_attention(*inputs)
     assert saved
     assert max(saved) < tokens * tokens
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("tokens", [1, BLOCK, 2 * BLOCK + 5])
+def test_in_blocks_equals_reference(dtype: torch.dtype, tolerance: float, tokens: int) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, tokens, 3, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+    twins = [x.detach().clone().requires_grad_() for x in inputs]
+    ours, expected = block_attention(*inputs), reference_attention(*twins)
+    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+    upstream = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, inputs, upstream)
+    for ours_grad, theirs in zip(found, torch.autograd.grad(expected, twins, upstream), strict=True):
+        torch.testing.assert_close(ours_grad, theirs, atol=2 * tolerance, rtol=tolerance)
