@@ -18,6 +18,7 @@ from orchestrator.run_dir import RunDir
 from slurm import queue
 from slurm.submit import find
 
+_NOT_STARTED = ("PENDING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")  # COMPLETING: it ends, or goes back into the queue
 _RANK = re.compile(r"^\d+(?:_\d+)?_(\d+)_log\.(?:out|err)$")
 
 
@@ -51,21 +52,18 @@ def cancel(root: Path) -> int:
             print(f"{run.root.name} is not in the queue")
             return 0
         run.cancelled.touch()
-        pending = (queue.queued() or {}).get(job_id)
-        if pending is not None and pending.state == "PENDING":  # nobody else will tell
+        job = (queue.queued() or {}).get(job_id)
+        if job is not None and job.state in _NOT_STARTED:  # nothing is to be saved, and nobody else will tell
             with JsonlWriter(run.events / "supervise.jsonl") as events:
                 events.write(Event(time_utc=utc_now(), kind="cancelled", step=0, detail="user: cancelled in the queue",
                                    data={"cause": "user", "job_id": job_id}))  # fmt: skip
-        # A job that runs gets the warning first, so that it saves; `supervise` sees the mark and ends it.
-        words = (
-            ["scancel", job_id]
-            if pending is not None and pending.state == "PENDING"
-            else ["scancel", "--signal=USR2", job_id]
-        )
+            words, said = ["scancel", job_id], "is taken out of the queue"
+        else:  # the warning comes first, so that it saves; `supervise` sees the mark and ends it
+            words, said = ["scancel", "--signal=USR2", job_id], "is asked to save and end"
         code, _, error = queue.call(*words)
         if code:
             raise Failure(f"{' '.join(words)}: {error}")
-        print(f"job {job_id} is asked to save and end; `arriero resume {root}` goes on with it")
+        print(f"job {job_id} {said}; `arriero resume {root}` goes on with it")
         return 0
     pid = run.worker_pid()
     if pid is None:

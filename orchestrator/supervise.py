@@ -307,7 +307,7 @@ class _Supervisor:
         self._tell_requeue(events, why or "unfit_node", f"without {', '.join(out)}", self.restarts + 1)
         _until_it_works(["scontrol", "requeue", self.job_id])
         self._leave_out(spec, out)
-        self._start_again(a_node_is_lost=False)
+        self._start_again(_BREATH_S)
         return 0
 
     # ------------------------------------------------------------------------------------------------ ranks, and after
@@ -360,8 +360,10 @@ class _Supervisor:
             if decision.act == "requeue":
                 self._tell_requeue(events, decision.cause, decision.reason, self.restarts + 1)
                 _until_it_works(["scontrol", "requeue", self.job_id], 10)
-            # after the last of the ranks, whatever has happened; `_settle` makes it sooner
-            self._start_in(queue.kill_wait_s() + _LOST_NODE_S, 10)
+            # after the last of the ranks; `_settle` makes it sooner
+            self._start_in(queue.kill_wait_s() + _BREATH_S, 10)
+            if queue.lost_among(expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))):
+                self._start_in(queue.kill_wait_s() + _LOST_NODE_S, 10)
 
     def _settle(self, exit_code: int, before: frozenset[int | None], incident: Incident | None = None) -> int | None:
         """After the ranks: requeues or ends the job. Its exit code; None where the ranks start again in this allocation."""
@@ -408,19 +410,22 @@ class _Supervisor:
         ):  # else the next start tells: the accounting knows who did it
             self._tell_requeue(events, decision.cause, decision.reason, self.restarts + 1)
             _until_it_works(["scontrol", "requeue", self.job_id])
-        self._start_again(a_node_is_lost=bool(lost))
+        self._start_again(_LOST_NODE_S if lost else _BREATH_S)
         return 0
 
-    def _start_again(self, a_node_is_lost: bool) -> None:
+    def _start_again(self, slowest_s: int) -> None:
         """When the last of this start is gone on every node, slurmctld holds the job for two minutes more, but only where its
-        begin time has passed by then: so it gets one that has not, and a nearer one once this node is the last."""
-        kill_wait_s = queue.kill_wait_s()
-        self._start_in(kill_wait_s + _LOST_NODE_S)  # should this process be killed before
-        until = time.monotonic() + kill_wait_s
+        begin time has passed by then: so it gets one that has not. While other nodes have not come to their end it is put off
+        again and again (Slurm kills this process after KillWait: `slowest_s` is what they may take from then on); this node,
+        the last, will take as long as they did (their epilogs, for one)."""
+        begun, kill_wait_s = time.monotonic(), queue.kill_wait_s()
         here = os.environ.get("SLURMD_NODENAME")
-        while (job := queue.details(self.job_id)) and {*job.nodes} - {here} and time.monotonic() < until:
+        while (job := queue.details(self.job_id)) and {*job.nodes} - {here}:
+            if time.monotonic() > begun + kill_wait_s:
+                return
+            self._start_in(slowest_s + round(time.monotonic() - begun))
             time.sleep(0.5)
-        self._start_in(_LOST_NODE_S if a_node_is_lost else _BREATH_S)
+        self._start_in(_BREATH_S + round(time.monotonic() - begun))
 
     def _after_own_fault(self) -> int:
         """A fault of this process, or of the file system under it, is no end of the run: a while later, a few times."""

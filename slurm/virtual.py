@@ -70,6 +70,7 @@ class VirtualCluster:
     first_port: int  # slurmctld, slurmdbd, MariaDB, then one a node
     cpus_per_node: int = 64
     memory_mb_per_node: int = 1_000_000
+    preempt_send_user_signal: bool = False  # preempted jobs get what they asked for with --signal, before TERM
     up_s: float = 0.0
     daemons: dict[str, Process] = field(default_factory=dict)  # munged, mariadbd, slurmdbd, slurmctld, node001 ...
 
@@ -84,6 +85,7 @@ class VirtualCluster:
         accounting: bool = True,
         cpus_per_node: int = 64,
         memory_mb_per_node: int = 1_000_000,
+        preempt_send_user_signal: bool = False,
     ) -> Self:
         """Starts a cluster and returns when every node is idle. Raises ClusterError; then nothing of it is left running.
 
@@ -101,6 +103,7 @@ class VirtualCluster:
                 accounting=accounting,
                 cpus_per_node=cpus_per_node,
                 memory_mb_per_node=memory_mb_per_node,
+                preempt_send_user_signal=preempt_send_user_signal,
             )
 
     @classmethod
@@ -115,20 +118,15 @@ class VirtualCluster:
         elif directory.exists() and any(directory.iterdir()):
             raise ClusterError(f"{directory} holds something else: choose an empty --directory")
         started = time.monotonic()
-        cluster = cls(
-            directory=directory,
-            name=name,
-            nodes=nodes,
-            first_port=_free_ports(nodes + 3),
-            **more,
-        )
-        try:
-            cluster._write_configuration()
-            cluster._start()
-            cluster.wait_ready()
-        except BaseException:
-            cluster.down(keep_files=True)
-            raise
+        with _choosing_ports():
+            cluster = cls(directory=directory, name=name, nodes=nodes, first_port=_free_ports(nodes + 3), **more)
+            try:
+                cluster._write_configuration()
+                cluster._start()
+                cluster.wait_ready()
+            except BaseException:
+                cluster.down(keep_files=True)
+                raise
         cluster.up_s = time.monotonic() - started
         cluster._save()
         return cluster
@@ -138,6 +136,8 @@ class VirtualCluster:
         path = directory / _STATE
         if not path.exists():
             raise ClusterError(f"no virtual cluster was ever up in {directory}: start one with `arriero cluster up`")
+        if path.stat().st_uid != os.geteuid():
+            raise ClusterError(f"the cluster in {directory} is another user's, and theirs to use and to stop")
         values = json.loads(path.read_text())
         values["daemons"] = {n: Process(**p) for n, p in values["daemons"].items()}
         return cls(**{**values, "directory": directory})
@@ -196,6 +196,7 @@ class VirtualCluster:
 
     def wait_ready(self, timeout_s: float = READY_S) -> None:
         """Until every node is idle, or in use."""
+        timeout_s += self.nodes / 4
         until = time.monotonic() + timeout_s
         while True:
             done = self.command("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%T")
@@ -286,17 +287,19 @@ class VirtualCluster:
         here, user = self.directory, pwd.getpwuid(os.geteuid()).pw_name
         for folder in ("log", "run", "state", "spool", "gpus", "munge"):
             (here / folder).mkdir(parents=True, mode=0o755)
-        here.chmod(0o755)
+        here.chmod(0o700)
         for number in range(self.gpus_per_node):
             (here / "gpus" / f"gpu{number}").touch()
         _private(here / "munge" / "key", secrets.token_bytes(128))
         gres = f" Gres=gpu:virtual:{self.gpus_per_node}" if self.gpus_per_node else ""
         ports = f"{self.first_port + 3}-{self.first_port + 2 + self.nodes}"
         nodes = f"node[001-{self.nodes:03d}]" if self.nodes > 1 else "node001"
+        # Both read all of /proc, once for each node of a step: thousands of ranks on one machine took minutes to end.
+        crowded = self.nodes * self.gpus_per_node > 512
         storage = (
             ["AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageHost=127.0.0.1",
              f"AccountingStoragePort={self.first_port + 1}", f"AccountingStoragePass={here}/munge/socket",
-             "JobAcctGatherType=jobacct_gather/linux",
+             f"JobAcctGatherType=jobacct_gather/{'none' if crowded else 'linux'}",
              "JobAcctGatherFrequency=30", "AccountingStorageTRES=gres/gpu" if self.gpus_per_node else ""]
             if self.accounting
             else ["AccountingStorageType=accounting_storage/none", "JobAcctGatherType=jobacct_gather/none"]
@@ -316,7 +319,7 @@ class VirtualCluster:
             f"SlurmdPidFile={here}/run/%n.pid",
             f"SlurmctldLogFile={here}/log/slurmctld.log",
             f"SlurmdLogFile={here}/log/%n.log",
-            "ProctrackType=proctrack/linuxproc",
+            f"ProctrackType=proctrack/{'pgid' if crowded else 'linuxproc'}",
             "TaskPlugin=task/none",
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_Core",
@@ -338,11 +341,13 @@ class VirtualCluster:
             "SchedulerParameters=bf_interval=2,sched_interval=5,batch_sched_delay=0,sched_min_interval=0,defer_batch",
             "PreemptType=preempt/partition_prio",
             "PreemptMode=REQUEUE",
+            "SlurmctldParameters=preempt_send_user_signal" if self.preempt_send_user_signal else "",
             *storage,
             f"NodeName={nodes} NodeHostname=localhost NodeAddr=127.0.0.1 Port="
             + (f"[{ports}]" if self.nodes > 1 else f"{self.first_port + 3}")
             + f" CPUs={self.cpus_per_node} RealMemory={self.memory_mb_per_node}{gres}",
             f"PartitionName=normal Nodes={nodes} Default=YES MaxTime=INFINITE State=UP PriorityTier=1",
+            f"PartitionName=graceful Nodes={nodes} MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60",
             f"PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP PriorityTier=10",
         ]
         self.conf.write_text("\n".join(line for line in lines if line) + "\n")
@@ -449,8 +454,13 @@ class VirtualCluster:
 
 
 def default_directory(name: str) -> Path:
-    """Short, for Unix sockets live in it, and the user's own: nobody else may have put it there, for what stands in it names
-    processes that `down` ends. Raises ClusterError."""
+    """Short, for Unix sockets live in it. Raises ClusterError."""
+    return _own_folder() / name
+
+
+def _own_folder() -> Path:
+    """The user's own: nobody else may have put it there, for what stands in it names processes that `down` ends. Raises
+    ClusterError."""
     folder = Path(tempfile.gettempdir()) / f"arriero-cluster-{os.geteuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -461,7 +471,7 @@ def default_directory(name: str) -> Path:
         )
     if found.st_mode & 0o077:
         folder.chmod(0o700)
-    return folder / name
+    return folder
 
 
 @contextlib.contextmanager
@@ -474,6 +484,14 @@ def _claimed(directory: Path, name: str) -> Iterator[None]:
             raise ClusterError(
                 f"another `arriero cluster up` is starting {name} in {directory} right now: wait for it, or choose another --name"
             ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _choosing_ports() -> Iterator[None]:
+    """One at a time on this machine: what two choose at once is free for both."""
+    with (_own_folder() / ".ports.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

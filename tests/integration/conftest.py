@@ -19,7 +19,9 @@ def require_slurm() -> None:
 
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualCluster]:
-    """Eight nodes of four GPUs, with accounting. Tests leave it as they found it: no job, every node idle."""
+    """Eight nodes of four GPUs, with accounting; it warns whom it preempts (a rehearsal's does not). Tests leave it as
+    they found it: no job, every node idle."""
     require_slurm()
-    with VirtualCluster.up(nodes=8, gpus_per_node=4, name=f"tests-{os.getpid()}") as cluster:
+    name = f"tests-{os.getpid()}"
+    with VirtualCluster.up(nodes=8, gpus_per_node=4, name=name, preempt_send_user_signal=True) as cluster:
         yield cluster

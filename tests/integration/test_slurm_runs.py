@@ -1,6 +1,7 @@
 """Runs on a real Slurm: every way in which a start ends, and the run that comes out the same."""
 
 import json
+import queue
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -67,9 +68,9 @@ class Runs:
             failed = self.events(name, "failed")
             if failed or time.monotonic() > until:
                 logs = "\n".join(p.read_text()[-3000:] for p in run_dir(self.workplace, name).logs.glob("*_0_log.out"))
-                queue = self.cluster.command("squeue").stdout
+                squeue = self.cluster.command("squeue").stdout
                 pytest.fail(
-                    f"{name}: {failed or 'too late'}\n{[(e.kind, e.detail) for e in self.events(name)]}\n{queue}\n{logs}"
+                    f"{name}: {failed or 'too late'}\n{[(e.kind, e.detail) for e in self.events(name)]}\n{squeue}\n{logs}"
                 )
             time.sleep(0.2)
 
@@ -119,8 +120,9 @@ def test_a_run_goes_to_its_end_and_its_status_says_so(runs: Runs, undisturbed: d
 def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
     runs: Runs, undisturbed: dict[int, tuple[float, float]]
 ) -> None:
-    """A signal to one rank, a killed rank, an operator's requeue, a preemption, a new slurmctld: one run, all in a row."""
-    name = "disturbed"
+    """A signal to one rank, a killed rank, an operator's requeue, a preemption, a new slurmctld: one run, all in a row. Beside
+    it a run in the partition that gives a time of grace; and the run that preempts both."""
+    name, warned, rival = "disturbed", "warned", "rival"
     away = f"cluster.exclude='{ITS_NODES}'"
     job = runs.launch(
         name, away, faults=(SLOW, Fault(kind="usr2", rank=1, step=10), Fault(kind="kill", rank=1, step=30))
@@ -137,11 +139,16 @@ def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
     runs.wait(name, lambda: len(runs.events(name, "resumed")) == 3)
     assert runs.causes(name)[1:] == ["requeued"]
 
+    runs.launch(warned, away, "cluster.partition=graceful", "steps=60", faults=(Fault(kind="slow", seconds=0.3),))
     runs.wait(name, lambda: runs.step(name) >= 75)
-    urgent = ["--partition=urgent", "--nodes=6", f"--exclude={ITS_NODES}", "--exclusive", "--wrap", "sleep 2"]
-    runs.cluster.command("sbatch", "--parsable", *urgent)
+    runs.wait(warned, lambda: runs.step(warned) >= 5)
+    everything = ["cluster.spare_nodes=4", "cluster.exclusive=true"]
+    runs.launch(rival, away, "cluster.partition=urgent", "steps=10", *everything)
     runs.wait(name, lambda: len(runs.events(name, "resumed")) == 4)
     assert runs.causes(name)[2:] == ["preempted"]
+    assert "SIGUSR2" in runs.events(name, "stopped")[-1].detail
+    assert len(runs.events(rival, "finished")) == 1
+    assert runs.causes(rival) == []
 
     runs.wait(name, lambda: runs.step(name) >= 100)
     runs.cluster.restart_controller(down_s=2)
@@ -149,6 +156,10 @@ def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
     assert losses(runs.workplace, name) == undisturbed
     assert runs.lost_steps(name) == lost  # none more: requeue and preemption were warned stops
     assert len(runs.events(name, "started")) == 5
+    runs.wait_finished(warned)
+    assert runs.causes(warned) == ["preempted"]
+    assert "SIGUSR2" in runs.events(warned, "stopped")[0].detail
+    assert runs.lost_steps(warned) == 0
     assert runs.cluster.command("sacct", "-X", "-n", f"--name={name}", "--format=JobID").stdout.split() == [job]
 
 
@@ -169,24 +180,28 @@ def test_a_node_that_dies_is_told_and_the_run_goes_on_elsewhere(
     runs.cluster.start_node(lost)
 
 
-@pytest.mark.parametrize(("more", "ranks"), [("cluster.spare_nodes=1", 2), ("cluster.min_nodes=1", 1)])
-def test_a_lost_node_is_no_requeue_with_a_spare_or_where_fewer_are_allowed(
-    runs: Runs, undisturbed: dict[int, tuple[float, float]], more: str, ranks: int
-) -> None:
-    name = more.split("=")[0].split(".")[1]
-    job = runs.launch(name, more, "steps=80", f"cluster.exclude='{ITS_NODES}'", faults=(SLOW,))
-    runs.wait(name, lambda: runs.step(name) >= 40)
-    lost = expand_hostlist(runs.events(name, "started")[0].data["node_list"])[-1]
-    runs.cluster.kill_node(lost)
-    runs.wait_finished(name)
-    assert runs.causes(name) == []
-    (restarted,) = runs.events(name, "restarted")
-    assert (restarted.data["cause"], restarted.data["without"]) == ("node_failure", [lost])
-    again = runs.events(name, "started")[1].data
-    assert (again["job_id"], again["restart"], again["gpus"]) == (job, 0, ranks)
-    assert lost not in expand_hostlist(again["node_list"])
-    runs.cluster.start_node(lost)
-    run_dir(runs.workplace, name).lemons.unlink(missing_ok=True)
+def test_a_lost_node_is_no_requeue_with_a_spare_or_where_fewer_are_allowed(runs: Runs, undisturbed: object) -> None:
+    """Two runs, each of which loses a node."""
+    names = {"spare_nodes": 2, "min_nodes": 1}  # ranks afterwards
+    jobs = {
+        name: runs.launch(name, f"cluster.{name}=1", "steps=80", f"cluster.exclude='{ITS_NODES}'", faults=(SLOW,))
+        for name in names
+    }
+    lost = {}
+    for name in names:
+        runs.wait(name, lambda name=name: runs.step(name) >= 40)  # type: ignore[misc]
+        lost[name] = expand_hostlist(runs.events(name, "started")[0].data["node_list"])[-1]
+        runs.cluster.kill_node(lost[name])
+    for name, ranks in names.items():
+        runs.wait_finished(name)
+        assert runs.causes(name) == []
+        (restarted,) = runs.events(name, "restarted")
+        assert (restarted.data["cause"], restarted.data["without"]) == ("node_failure", [lost[name]])
+        again = runs.events(name, "started")[1].data
+        assert (again["job_id"], again["restart"], again["gpus"]) == (jobs[name], 0, ranks)
+        assert lost[name] not in expand_hostlist(again["node_list"])
+        runs.cluster.start_node(lost[name])
+        run_dir(runs.workplace, name).lemons.unlink(missing_ok=True)
 
 
 def test_an_unfit_node_is_found_before_the_ranks_start_left_out_and_remembered(
@@ -230,7 +245,7 @@ def test_the_energy_of_four_ranks_on_a_node_is_counted_once(runs: Runs) -> None:
 
 
 def test_a_crash_that_comes_back_stops_for_a_person_who_can_go_on(
-    runs: Runs, undisturbed: dict[int, tuple[float, float]]
+    runs: Runs, undisturbed: dict[int, tuple[float, float]], webhook: "queue.Queue[dict[str, object]]"
 ) -> None:
     name = "crashing"
     runs.launch(name, "cluster.crash_budget=1", faults=(Fault(kind="kill", step=60), Fault(kind="kill", step=60)))
@@ -239,6 +254,8 @@ def test_a_crash_that_comes_back_stops_for_a_person_who_can_go_on(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert "2 crashes without a new checkpoint" in runs.events(name, "failed")[0].detail
+    told = webhook.get(timeout=20)
+    assert (told["run"], told["kind"]) == (name, "failed")
     status = arriero(runs.workplace, "status", f"runs/{name}", **runs.cluster.env)
     assert status.returncode == 1
     assert "a person must look" in status.stdout
@@ -253,10 +270,15 @@ def test_a_crash_that_comes_back_stops_for_a_person_who_can_go_on(
 
 def test_launched_again_or_killed_in_the_middle_there_is_one_job_and_cancel_saves(runs: Runs) -> None:
     name = "once"
-    job = runs.launch(name, faults=(SLOW,))
+    setup = "cluster.setup=['export FROM_THE_SITE=\"a module\"']"
+    expected = launch(runs.workplace, name, *TWO_NODES, setup, "--dry-run", **runs.cluster.env).stdout
+    job = runs.launch(name, setup, faults=(SLOW,))
     journal = run_dir(runs.workplace, name).submission
-    assert runs.launch(name) == job
+    assert runs.launch(name, setup) == job
     entry = json.loads(journal.read_text())
+    submitted = (run_dir(runs.workplace, name).logs / f"{job}_submission.sh").read_text()
+    assert submitted == expected.replace("(set when it is submitted)", entry["token"])
+    assert submitted.index('export FROM_THE_SITE="a module"') < submitted.index(" srun ")
     journal.write_text(
         json.dumps({**entry, "job_id": None})
     )  # as a launch leaves it that is killed before sbatch answers

@@ -1,10 +1,6 @@
 """The webhook, against a real server on loopback."""
 
-import http.server
-import json
 import queue
-import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,35 +12,16 @@ SPIKE = Event(
 )
 
 
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator["queue.Queue[dict[str, object]]"]:
-    bodies: queue.Queue[dict[str, object]] = queue.Queue()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            bodies.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv(URL, f"http://127.0.0.1:{server.server_port}/secret")
-        yield bodies
-        server.shutdown()
-
-
-def test_a_verdict_is_posted_with_its_numbers(told: "queue.Queue[dict[str, object]]") -> None:
+def test_a_verdict_is_posted_with_its_numbers(webhook: "queue.Queue[dict[str, object]]") -> None:
     thread = post(SPIKE, "my_run")
     assert thread
-    body = told.get(timeout=10)
+    body = webhook.get(timeout=10)
     thread.join(10)
     assert body["text"] == "my_run: spike: step 71: rewind"
     assert body["data"] == {"to_step": 60}
 
 
-def test_what_nobody_needs_to_hear_is_not_posted(told: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_needs_to_hear_is_not_posted(webhook: object, monkeypatch: pytest.MonkeyPatch) -> None:
     assert post(Event(time_utc="", kind="evaluated", step=1, detail=""), "r") is None
     monkeypatch.delenv(URL)
     assert post(SPIKE, "r") is None
