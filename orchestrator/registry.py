@@ -5,6 +5,7 @@ Read from the ends of files, so that a thousand runs of a million steps answer a
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,6 +181,7 @@ def show(found: Sequence[RunRow], as_json: bool, details: bool) -> int:
             table.add_column(name, no_wrap=True)
         for name in ("step", "loss", "tokens/s", "starts"):
             table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("went on after", overflow="fold")
         table.add_column("why", overflow="fold")
         for r in found:
             table.add_row(
@@ -190,6 +192,7 @@ def show(found: Sequence[RunRow], as_json: bool, details: bool) -> int:
                 "-" if r.loss_nats is None else f"{r.loss_nats:.3f}",
                 "-" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}",
                 str(r.attempts),
+                ", ".join(f"{cause} x{n}" if n > 1 else cause for cause, n in Counter(r.lineage).items()) or "-",
                 r.why,
             )
         Console(highlight=False, soft_wrap=False, width=None if Console().is_terminal else 200).print(table)
