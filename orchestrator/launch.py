@@ -139,7 +139,7 @@ def _dry_run(spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:
             f"--dry-run prints the sbatch script, and cluster={spec.cluster.name} is no Slurm: choose cluster=slurm"
         )
     print(
-        sbatch_script(replace(_request(spec, run_dir, start, dry_run=True), token="(set when it is submitted)")), end=""
+        sbatch_script(replace(_request(spec, run_dir, start, dry_run=True), token="set-when-it-is-submitted")), end=""
     )
     return 0
 

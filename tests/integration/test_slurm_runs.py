@@ -277,7 +277,7 @@ def test_launched_again_or_killed_in_the_middle_there_is_one_job_and_cancel_save
     assert runs.launch(name, setup) == job
     entry = json.loads(journal.read_text())
     submitted = (run_dir(runs.workplace, name).logs / f"{job}_submission.sh").read_text()
-    assert submitted == expected.replace("(set when it is submitted)", entry["token"])
+    assert submitted == expected.replace("set-when-it-is-submitted", entry["token"])
     assert submitted.index('export FROM_THE_SITE="a module"') < submitted.index(" srun ")
     journal.write_text(
         json.dumps({**entry, "job_id": None})
