@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from model.layout import Layout
+
 COMPILE_FLOPS = 1.5e14
 """A rank with less to compute than this is done before compiled code has paid for its compilation: some 80 s of one core for
 the first time (a dozen C++ kernels), seconds from the cache after that."""
@@ -27,9 +29,9 @@ class Choices:
     why: str
 
 
-def choose(device: torch.device, compile: str, rank_flops: float, tp: int) -> Choices:
+def choose(device: torch.device, compile: str, rank_flops: float, layout: Layout) -> Choices:
     """`compile`: auto | on | off. `rank_flops`: what this rank computes in the whole run, the same after any restart: a
-    resumed run must compute as it did before, bit by bit.
+    resumed run must compute as it did before, bit by bit. `auto` compiles what is under test: one rank, nothing recomputed.
 
     CUDA graphs are left out on purpose: FSDP2's and tensor parallelism's communication between the layers cannot be captured
     by torch.compile, and the kernels of a model worth a GPU are longer than their launches.
@@ -40,10 +42,13 @@ def choose(device: torch.device, compile: str, rank_flops: float, tp: int) -> Ch
         return Choices(
             compile=False, async_tp=False, why=f"a short run ({rank_flops:.1e} of {COMPILE_FLOPS:.0e} FLOPs a rank)"
         )
+    if compile == "auto" and (layout.gpus > 1 or layout.recompute != "none"):
+        why = "compiled code is not tested with several ranks or recomputation: compile=on tries it"
+        return Choices(compile=False, async_tp=False, why=why)
     if failed := _compile_fails(device):
         return Choices(compile=False, async_tp=False, why=f"torch.compile does not work here: {failed}")
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return Choices(compile=True, async_tp=hopper and tp > 1, why="compiled")
+    return Choices(compile=True, async_tp=hopper and layout.tp > 1, why="compiled")
 
 
 def prepare(choices: Choices, mesh: DeviceMesh | None) -> None:

@@ -165,7 +165,7 @@ def _train(
     )
     store = CheckpointStore(spec.checkpoint.url or str(directory.checkpoints), spec.checkpoint, on_event=recorder.event)
     rank_flops = flops_per_token(spec.model) * spec.batch_tokens * spec.steps / spec.layout.gpus
-    choices = choose(ranks.device, spec.compile, rank_flops, spec.layout.tp)
+    choices = choose(ranks.device, spec.compile, rank_flops, spec.layout)
     prepare(choices, ranks.mesh)
     config = TrainConfig(
         seed=spec.seed,

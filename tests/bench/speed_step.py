@@ -137,11 +137,11 @@ def arriero(shape: dict[str, int], tuned: bool) -> Callable[[Tensor], float]:
         sequence_length=shape["sequence"],
     )
     device = torch.device("cpu")
-    choices = choose(device, "on" if tuned else "off", 0.0, 1)
+    layout = Layout(name="bench", microbatch_sequences=shape["batch"])
+    choices = choose(device, "on" if tuned else "off", 0.0, layout)
     if tuned:
         keep_memory(device)
     prepare(choices, None)
-    layout = Layout(name="bench", microbatch_sequences=shape["batch"])
     model = build_model(config, layout, Ranks(device), torch.bfloat16, 1, choices.compile)
     optim = OptimConfig(name="bench", lr=LR, warmup_steps=0, batch_sequences=shape["batch"])
     optimizer = make_optimizer(model, optim)

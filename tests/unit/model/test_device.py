@@ -9,9 +9,11 @@ import torch
 from model import device as device_module
 from model.config import ModelConfig
 from model.device import COMPILE_FLOPS, choose
+from model.layout import Layout
 from model.transformer import Transformer
 
 CPU = torch.device("cpu")
+ONE_RANK = Layout(name="test")
 PAGE_FAULTS = """
 import resource, sys, torch
 from model.device import keep_memory
@@ -24,9 +26,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_a_short_run_is_not_compiled_and_says_why() -> None:
-    choices = choose(CPU, "auto", COMPILE_FLOPS / 2, tp=1)
+    choices = choose(CPU, "auto", COMPILE_FLOPS / 2, ONE_RANK)
     assert not choices.compile
     assert "short run" in choices.why
+
+
+@pytest.mark.parametrize("layout", [Layout(name="test", dp_shard=2), Layout(name="test", recompute="selective")])
+def test_what_is_not_tested_compiled_is_not_compiled_unasked(layout: Layout) -> None:
+    choices = choose(CPU, "auto", COMPILE_FLOPS * 2, layout)
+    assert not choices.compile
+    assert "compile=on" in choices.why
 
 
 def test_without_a_compiler_a_long_run_goes_on_and_says_why(
@@ -34,7 +43,7 @@ def test_without_a_compiler_a_long_run_goes_on_and_says_why(
 ) -> None:
     monkeypatch.setattr(device_module.torch, "compile", _no_compiler)
     for wanted, flops in (("auto", COMPILE_FLOPS * 2), ("on", 0.0)):
-        choices = choose(CPU, wanted, flops, tp=1)
+        choices = choose(CPU, wanted, flops, ONE_RANK)
         assert not choices.compile
         assert "No working C++ compiler found" in choices.why
 
