@@ -1,6 +1,7 @@
 """How one model is laid over many GPUs: the degrees of the device mesh and what they need. Pure: no torch."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from model.config import ModelConfig
 
@@ -19,7 +20,7 @@ class Layout:
     pp: int = 1  # pipeline stages
     cp: int = 1  # context parallel ranks (CUDA only)
     microbatch_sequences: int = 1  # rows that one data-parallel rank computes at a time
-    recompute: str = "none"  # activations in the backward pass: none | selective (the paper's) | full | auto
+    recompute: str = "none"  # in the backward pass: none | selective (the paper's) | full | auto: the least that fits
     pipeline_schedule: str = "1f1b"
     virtual_stages: int = 1  # groups of layers on each pipeline rank (interleaved_1f1b)
 
@@ -40,15 +41,6 @@ class Layout:
     def accumulation_steps(self, batch_sequences: int) -> int:
         """Microbatches that each data-parallel rank computes in one optimizer step."""
         return batch_sequences // (self.dp * self.microbatch_sequences)
-
-    def not_built(self) -> list[str]:
-        """What the trainer can't run yet. The plan and the rehearsal know them all the same."""
-        found = []
-        if self.recompute == "auto":
-            found.append(
-                "layout.recompute=auto: the trainer can't choose: take what `arriero plan` prints (none, selective or full)"
-            )
-        return found
 
     def problems(self, model: ModelConfig, batch_sequences: int, gpus: int, gpus_per_node: int) -> list[str]:
         """What cannot be, against the model, the batch and the cluster (`gpus` in all, `gpus_per_node` on each)."""
@@ -112,7 +104,7 @@ class Layout:
                 f"layout.virtual_stages={self.virtual_stages} is of interleaved pipelines: set "
                 f"layout.pipeline_schedule=interleaved_1f1b and layout.pp>1, or layout.virtual_stages=1"
             )
-        if self.pp > 1 and self.pipeline_schedule == "zero_bubble" and self.recompute != "none":
+        if self.pp > 1 and self.pipeline_schedule == "zero_bubble" and self.recompute not in ("none", "auto"):
             found.append(
                 f"layout.recompute={self.recompute} with layout.pipeline_schedule=zero_bubble: its backward pass goes over "
                 f"each layer twice, which recomputation forbids: set layout.recompute=none, or another schedule"
@@ -133,3 +125,11 @@ class Layout:
                     f"stages: set optim.batch_sequences={rounds * self.pp * rows}"
                 )
         return found
+
+
+def stage_layers(n_layers: int, pp: int, virtual_stages: int = 1) -> list[range]:
+    """The layers of each stage, in order; rank r of the pipeline has the stages r, r + pp, ... The first ones are the fuller."""
+    stages = pp * virtual_stages
+    fewest, more = divmod(n_layers, stages)
+    starts = [s * fewest + min(s, more) for s in range(stages + 1)]
+    return [range(start, end) for start, end in pairwise(starts)]

@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import (
 
 from model.attention import ContextParallel
 from model.config import ModelConfig
-from model.layout import Layout
-from model.pipeline import Pipeline, stage_layers
+from model.layout import Layout, stage_layers
+from model.pipeline import Pipeline
 from model.transformer import Transformer
 
 
@@ -113,12 +113,13 @@ def shape_part(
 
 def _share_matrices(part: Transformer, tp: DeviceMesh) -> None:
     """Tensor parallelism (Megatron, arXiv 1909.08053) with sequence parallelism (arXiv 2205.05198): each rank has some heads,
-    some of the feed-forward width and some of the vocabulary; between the sublayers, some of the tokens.
+    some of the feed-forward width and some of the vocabulary's logits; between the sublayers, some of the tokens.
     """
     tokens, whole = Shard(1), Replicate()  # of [B, T, D]
     edges: dict[str, object] = {}
     if part.is_first:
-        edges["embedding"] = RowwiseParallel(input_layouts=whole, output_layouts=tokens)
+        # By columns: by rows, each rank's gradient would be of the whole vocabulary until it is reduced.
+        edges["embedding"] = ColwiseParallel(output_layouts=tokens)
     if part.is_last:
         edges["norm"] = SequenceParallel()
         edges["output"] = ColwiseParallel(input_layouts=tokens, output_layouts=whole)

@@ -5,7 +5,6 @@ parameters are those of the whole model, so that checkpoints do not know of pipe
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,14 +19,6 @@ from torch.distributed.pipelining.schedules import (
 
 from model.layout import Layout
 from model.transformer import Transformer
-
-
-def stage_layers(n_layers: int, pp: int, virtual_stages: int = 1) -> list[range]:
-    """The layers of each stage, in order; rank r of the pipeline has the stages r, r + pp, ... The first ones are the fuller."""
-    stages = pp * virtual_stages
-    fewest, more = divmod(n_layers, stages)
-    starts = [s * fewest + min(s, more) for s in range(stages + 1)]
-    return [range(start, end) for start, end in pairwise(starts)]
 
 
 class Pipeline(nn.Module):

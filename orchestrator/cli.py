@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         "Example: arriero plan experiment=llama_65b carbon.zone=FRA",
     )
     _takes_overrides(plan)
+    plan.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build every rank shape with the trainer's own code, without values, and tell its memory beside the plan's "
+        "(65B on 2,048 GPUs: under a minute of CPU)",
+    )
     _takes_json(plan)
 
     simulate = _command(
@@ -470,7 +476,12 @@ def _plan(args: argparse.Namespace) -> int:
     from orchestrator import spec
     from orchestrator.plan import forecast
 
-    found = forecast.plan(spec.compose(args.overrides, args.config_dir), time.time())
+    run = spec.compose(args.overrides, args.config_dir)
+    if args.dry_run:
+        from orchestrator.plan.dry_run import dry_run
+
+        return dry_run(run, args.json)
+    found = forecast.plan(run, time.time())
     if args.json:
         print_json(found.to_json())
     else:

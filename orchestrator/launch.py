@@ -62,8 +62,8 @@ _MAY_CHANGE = (
 def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> int:
     """Makes or finds the run directory, prepares the data, submits; on this machine also follows the run to its end."""
     console = Console(highlight=False, soft_wrap=True)
-    spec = forecast.resolved(spec)
-    if missing := [*spec.model.not_built(), *spec.layout.not_built()]:
+    asked, spec = spec.layout, forecast.resolved(spec)
+    if missing := spec.model.not_built():
         raise UserError("\n".join(missing))
     run_dir = RunDir(spec.run_dir.resolve())
     if dry_run:
@@ -86,6 +86,8 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         console.print(f"{spec.name} is in the queue already, or runs: job {job_id}")
         _print_what_next(console, run_dir)
         return 0
+    if asked != spec.layout:
+        console.print(f"layout chosen      {forecast.layout_sentence(spec.layout)}")
     expected = _forecast(spec)
     start = _greenest(spec, expected)
     write_run_dir(spec, run_dir, overrides)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from orchestrator import launch as launching
 from orchestrator.errors import UserError
+from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.snapshot import snapshot
@@ -52,7 +53,8 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
         run_dir = RunDir(spec.run_dir)
         if point.directory in live or _submitted_alone(run_dir.submission):
             continue
-        if missing := spec.layout.not_built():
+        spec = forecast.resolved(spec)
+        if missing := spec.model.not_built():
             raise UserError("\n".join(missing))
         if why := stopped_for_a_person(read_events(run_dir.events), spec.spikes):
             print(f"{point.directory}: stopped for a person to look at it: {why.splitlines()[0]}; not submitted")

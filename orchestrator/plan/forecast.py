@@ -34,7 +34,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {
             "layout": asdict(self.layout),
-            "memory": {**asdict(self.memory), "total_bytes": self.memory.total_bytes},
+            "memory": asdict(self.memory),
             "step": asdict(self.step),
             "run": {name: asdict(figure) for name, figure in self.figures.items()},
             "restarts": asdict(self.restarts),
@@ -172,9 +172,10 @@ def sentence(found: Plan) -> str:
 
 
 def resolved(spec: RunSpec) -> RunSpec:
-    """The run with its layout chosen among those the trainer can run, where `layout=auto` left it open."""
+    """The run with its layout chosen among those the trainer can run, where `layout=auto` left it open, and with the least
+    recomputation that fits the GPU's memory, where `layout.recompute=auto` did."""
     if not spec.layout.is_open:
-        return spec
+        return replace(spec, layout=closed(spec, spec.layout))
     want = replace(spec.layout, tp=spec.layout.tp or 1, pp=spec.layout.pp or 1, cp=spec.layout.cp or 1)
     if is_calibrated(spec):
         return replace(spec, layout=best(replace(spec, layout=want)))
@@ -185,22 +186,29 @@ def resolved(spec: RunSpec) -> RunSpec:
     replicate = want.dp_replicate or dp // max(1, shard)
     at_once = want.microbatch_sequences or max((n for n in range(1, 9) if rows % (max(1, dp) * n) == 0), default=1)
     chosen = replace(
-        want, dp_shard=max(1, shard), dp_replicate=max(1, replicate), microbatch_sequences=at_once,
-        recompute="none" if want.recompute == "auto" else want.recompute,
+        want, dp_shard=max(1, shard), dp_replicate=max(1, replicate), microbatch_sequences=at_once
     )  # fmt: skip
     if wrong := chosen.problems(spec.model, rows, spec.cluster.gpus, spec.cluster.gpus_per_node):
         raise UserError("layout=auto: " + "; ".join(wrong))
-    return replace(spec, layout=chosen)
+    return replace(spec, layout=closed(spec, chosen))
+
+
+def layout_sentence(layout: Layout) -> str:
+    return (
+        f"dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x tp {layout.tp} x pp {layout.pp} x cp {layout.cp}, "
+        f"{layout.microbatch_sequences} rows a microbatch, recompute {layout.recompute}, virtual stages {layout.virtual_stages}"
+    )
 
 
 def table(found: Plan) -> str:
-    lay, mem, step = found.layout, found.memory, found.step
+    mem, step = found.memory, found.step
     lines = [
-        f"layout   dp_replicate {lay.dp_replicate} x dp_shard {lay.dp_shard} x tp {lay.tp} x pp {lay.pp} x cp {lay.cp}, "
-        f"{lay.microbatch_sequences} rows a microbatch, recompute {lay.recompute}, virtual stages {lay.virtual_stages}",
+        f"layout   {layout_sentence(found.layout)}",
         "memory   "
-        + ", ".join(f"{k.removesuffix('_bytes')} {v / 1e9:.1f} GB" for k, v in asdict(mem).items())
-        + f"; together {mem.total_bytes / 1e9:.1f} GB a rank",
+        + ", ".join(
+            f"{k.removesuffix('_bytes')} {v / 1e9:.1f} GB" for k, v in asdict(mem).items() if k != "total_bytes"
+        )
+        + f"; at the peak {mem.total_bytes / 1e9:.1f} GB a rank",
         f"step     {step.step_s:.3f} s: "
         + ", ".join(
             f"{k.removesuffix('_s').replace('_', ' ')} {100 * v / step.step_s:.1f}%"

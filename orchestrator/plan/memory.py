@@ -1,99 +1,164 @@
-"""What one rank keeps in its GPU's memory, in bytes, on the pipeline stage that needs most."""
+"""What one rank keeps in its GPU's memory, in bytes, on the pipeline stage that needs most.
 
-from dataclasses import asdict, dataclass
+Written after the trainer's code, tensor by tensor, and held against it by `arriero plan --dry-run` (model/dry_run.py): who
+changes what a layer saves changes `saved_bytes_per_layer`, or a test says so.
+"""
+
+import math
+from dataclasses import dataclass
 
 from model.config import ModelConfig
-from model.layout import Layout
+from model.layout import Layout, stage_layers
 from orchestrator.plan.config import PlanConfig
 
-CHUNK_LOGITS = 1 << 24  # model/loss.py: logits alive at a time
+CHUNK_LOGITS = 1 << 24  # model/loss.py: logits alive at a time, without torch.compile
+NORM_BYTES = 8  # that a norm saves of each element of its input
 CONTEXT_BYTES = 2.5e9  # CUDA context, NCCL's buffers, cuBLAS workspaces
 FRAGMENTATION = 0.05  # of what torch's allocator holds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
+    """Each part by itself at its largest, and their peak together: activations are gone when gradients are complete."""
+
     parameters_bytes: float  # fp32 masters, sharded over dp_shard
     gradients_bytes: float
     optimizer_bytes: float  # AdamW's two moments, fp32
     activations_bytes: float  # saved for the backward pass, of all microbatches that are alive at once
-    buffers_bytes: float  # gathered layers, one layer's recomputation, logits, context, fragmentation
+    buffers_bytes: float  # gathered layers, the layer at work and its gradients
+    overhead_bytes: float  # context and fragmentation, which no tensor shows
+    total_bytes: float
 
-    @property
-    def total_bytes(self) -> float:
-        return float(sum(asdict(self).values()))
+
+def matrix_parameters(model: ModelConfig) -> int:
+    """Of one layer, those that tensor parallel ranks share."""
+    return 2 * model.dim * (model.dim + model.kv_dim) + 3 * model.dim * model.ffn_dim
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    return 2 * model.dim * (model.dim + model.kv_dim) + 3 * model.dim * model.ffn_dim + 2 * model.dim
+    return matrix_parameters(model) + 2 * model.dim
 
 
 def layers_by_stage(model: ModelConfig, layout: Layout) -> tuple[int, int]:
     """Layers on the fullest rank of the pipeline, and on its last rank, which also has the head."""
-    full = -(-model.n_layers // layout.pp)
-    return full, max(0, model.n_layers - full * (layout.pp - 1))
+    cut = stage_layers(model.n_layers, layout.pp, layout.virtual_stages)
+    by_rank = [sum(map(len, cut[rank :: layout.pp])) for rank in range(layout.pp)]
+    return max(by_rank), by_rank[-1]
 
 
 def saved_bytes_per_layer(model: ModelConfig, layout: Layout, plan: PlanConfig, recompute: str) -> float:
-    """What the backward pass needs of one layer and microbatch, on one rank. bf16, fused elementwise kernels.
+    """What the backward pass needs of one layer and microbatch, on one rank.
 
-    none: residual in, norm, q, k, v, attention, residual, norm, w1, w3, their product (as in arXiv 2205.05198, eq. 1,
-    for SwiGLU and flash attention). selective: the outputs of linear layers and attention, and the residual stream
-    (arXiv 2302.13971, section 2.4). full: the layer's input.
+    none: both norms' input and normalized input (fp32), both sublayers' inputs (gathered over the tensor parallel ranks), q, k,
+    v, attention and its logarithms of sums, and of the feed-forward w1, its silu, w3, their product. selective: the residual
+    stream, the outputs of linear layers and attention (arXiv 2302.13971, section 2.4). full: the layer's input.
     """
     d, kv, f = model.dim, model.kv_dim, model.ffn_dim
     tokens = layout.microbatch_sequences * model.sequence_length / layout.cp
     residual = 1 / layout.tp if plan.sequence_parallel else 1.0
     if recompute == "full":
         return 2 * tokens * d * residual
+    # Context parallel ranks keep the keys and values of whole rows.
+    attention = (2 * (2 * d + 2 * kv * layout.cp) + 4 * model.n_heads) / layout.tp
     if recompute == "selective":
-        elements = 2 * d * residual + (2 * d + 2 * kv + 2 * f) / layout.tp
-    else:
-        elements = 4 * d * residual + (2 * d + 2 * kv + 3 * f) / layout.tp
-    saved = 2 * tokens * elements + 4 * tokens * model.n_heads / layout.tp
-    if plan.attention == "unfused" and recompute == "none":
+        return tokens * (4 * d * residual + attention + 4 * f / layout.tp)
+    saved = tokens * (2 * NORM_BYTES * d * residual + 4 * d + attention + 8 * f / layout.tp)
+    if plan.attention == "unfused":
         # softmax, its dropout and mask: 5 bytes a score (arXiv 2205.05198, section 4.1)
         saved += 5 * tokens * model.sequence_length * model.n_heads / layout.tp
     return saved
 
 
 def memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequences: int) -> Memory:
-    """`layout.recompute` must be one of none, selective, full here."""
+    """Of the rank that needs most. `layout.recompute` must be one of none, selective, full here."""
+    return max(
+        (rank_memory(model, layout, plan, batch_sequences, rank) for rank in {0, layout.pp - 1}),
+        key=lambda m: m.total_bytes,
+    )
+
+
+def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequences: int, pp_rank: int) -> Memory:
+    """Of a rank of the pipeline's rank `pp_rank`: the most of what it holds in the loss, and in the backward passes of the
+    first, the second and the last layer."""
     microbatches = layout.accumulation_steps(batch_sequences)
-    full, last = layers_by_stage(model, layout)
-    per_layer = layer_parameters(model) / layout.tp
+    layers = sum(map(len, stage_layers(model.n_layers, layout.pp, layout.virtual_stages)[pp_rank :: layout.pp]))
+    first, last = pp_rank == 0, pp_rank == layout.pp - 1
+    layer = matrix_parameters(model) / layout.tp + 2 * model.dim
     vocabulary = model.vocab_size * model.dim / layout.tp
-    if layout.pp == 1:
-        parameters = full * per_layer + 2 * vocabulary
-    else:
-        parameters = max(full, last) * per_layer + vocabulary
-    shards = layout.dp_shard * (layout.cp if layout.dp_shard > 1 else 1)  # as FSDP meshes do: context ranks shard too
+    ends = vocabulary * (first + last)  # embedding and head
+    parameters = layers * layer + ends
+    shards = layout.dp_shard * layout.cp
     sharded = parameters / shards
-    # Gradients of several microbatches are added up whole, and reduced to shards after the last (model/parallel.py).
-    whole_gradients = 4 * parameters if shards > 1 and microbatches > 1 else 0.0
-    if shards == 1:
-        gathered = 2 * per_layer  # a bf16 copy of the layer at work
-    elif layout.pp > 1:
-        gathered = 2 * parameters  # a pipeline rank gathers once a step and keeps it
-    else:
-        gathered = 2 * (2 * per_layer + max(vocabulary, per_layer))  # this layer, the next, embedding or head
-    # 1F1B: the first rank has `pp` microbatches in flight; interleaved: 1 + (pp - 1) / (pp v) times that
-    # (arXiv 2205.05198, section 4.2.3).
-    in_flight = min(microbatches, layout.pp) / 1.0
-    if layout.virtual_stages > 1:
-        in_flight = min(float(microbatches), layout.pp * (1 + (layout.pp - 1) / (layout.pp * layout.virtual_stages)))
-    saved = saved_bytes_per_layer(model, layout, plan, layout.recompute)
+    several = microbatches > 1  # whose gradients are added up whole, and reduced to shards after the last
+    alone = layout.gpus == 1  # no FSDP2: parameters are cast where they are used, gradients are fp32 at once
+
+    d, f = model.dim, model.ffn_dim
     tokens = layout.microbatch_sequences * model.sequence_length / layout.cp
-    activations = full * saved * in_flight
-    at_work = saved_bytes_per_layer(model, layout, plan, "none")
-    logits = 3 * 4 * min(CHUNK_LOGITS, tokens * model.vocab_size) / layout.tp + 4 * vocabulary
-    boundaries = 6 * 2 * tokens * model.dim  # the layer's input gathered over tp, its gradient, and what is sent
-    working = at_work + boundaries + max(logits, 2 * per_layer)
-    held = 12 * sharded + 4 * sharded + whole_gradients + gathered + activations + working
+    residual = 1 / layout.tp if plan.sequence_parallel else 1.0
+    saved = saved_bytes_per_layer(model, layout, plan, layout.recompute) + (2 * layer if alone else 0)
+    all_logits = tokens * model.vocab_size / layout.tp
+    chunks = math.ceil(all_logits / CHUNK_LOGITS)  # whose products are summed in fp32 where there are several
+    head = (tokens * (NORM_BYTES * d * residual + 2 * d) + (4 if chunks > 1 else 2) * vocabulary) if last else 0.0
+    in_flight = _in_flight(layout, microbatches, pp_rank)
+    boundaries = (
+        4 * tokens * d * residual * layout.virtual_stages if layout.pp > 1 else 0.0
+    )  # inputs and outputs of its stages
+    ahead = (
+        boundaries / layout.virtual_stages if layout.virtual_stages > 1 else 0.0
+    )  # what has arrived for the next group
+    activations = in_flight * (layers * saved + boundaries) + ahead + head
+
+    gathered = 0.0 if alone else 2 * parameters if layout.pp > 1 else 2 * (layer + ends)
+    norm = NORM_BYTES * d * residual + 2 * d
+    attention_saved = tokens * (2 * d * residual + (2 * (2 * d + 2 * model.kv_dim) + 4 * model.n_heads) / layout.tp)
+    # What the layer at work computes again, for its feed-forward and then for its attention, and gradients of activations.
+    again = {
+        "none": (0.0, 0.0),
+        "selective": (tokens * (norm + 4 * f / layout.tp), tokens * norm),
+        "full": (
+            saved_bytes_per_layer(model, layout, plan, "none"),
+            tokens * (norm - 2 * d * residual) + attention_saved,
+        ),
+    }[layout.recompute]
+    feed = again[0] + tokens * (4 * f / layout.tp + 2 * d)
+    attend = again[1] + tokens * (4 * (d + model.kv_dim) / layout.tp + 2 * d + 8 * d * residual)
+    # The layer's gradients in bf16, those of the one before it in fp32 for the network, and the next layer arriving.
+    reducing = 0.0 if alone or several else 6 * layer
+    own = 0.0 if alone else 2 * layer
+    head_gradient = (4 if alone else 2) * vocabulary * last
+    logits = 0.0
+    if last:  # of a chunk; and what is left of the one before it, or without the head's gradient, which comes after
+        logits = 12 * all_logits / chunks + (
+            2 * all_logits / chunks + 2 * vocabulary if chunks > 1 else -2 * vocabulary
+        )
+    whole = 4 * parameters
+    begin = whole if several else 0.0  # gradients, before the last backward pass
+    before = begin + activations - head + head_gradient
+    working = max(
+        activations + begin + logits,
+        before + feed,
+        before - saved + reducing + feed,
+        before - 2 * saved + attention_saved * (layout.recompute != "full") + reducing + own + attend,
+        (whole if several or shards == 1 else 4 * sharded) + (0.0 if alone else 4 * ends) + saved + attend,
+    )
+    held = 12 * sharded + gathered + working
     return Memory(
         parameters_bytes=4 * sharded,
-        gradients_bytes=4 * sharded + whole_gradients,
+        gradients_bytes=whole if several else 4 * sharded,
         optimizer_bytes=8 * sharded,
         activations_bytes=activations,
-        buffers_bytes=gathered + working + FRAGMENTATION * held + CONTEXT_BYTES,
+        buffers_bytes=gathered + max(0.0, logits, feed + reducing),
+        overhead_bytes=FRAGMENTATION * held + CONTEXT_BYTES,
+        total_bytes=held * (1 + FRAGMENTATION) + CONTEXT_BYTES,
     )
+
+
+def _in_flight(layout: Layout, microbatches: int, pp_rank: int) -> float:
+    """Microbatches whose activations a pipeline rank holds at once: 1F1B's warm-up and one more; interleaved, in groups of
+    layers (arXiv 2205.05198, section 4.2.3)."""
+    if layout.pp == 1:
+        return 1.0
+    if layout.virtual_stages == 1:
+        return float(min(microbatches, layout.pp - pp_rank))
+    groups = (layout.virtual_stages - 1) * layout.pp + 2 * (layout.pp - pp_rank - 1) + 1
+    return min(float(microbatches), groups / layout.virtual_stages)

@@ -20,7 +20,8 @@ def closed(spec: RunSpec, layout: Layout) -> Layout:
     """`recompute=auto` made the least that fits; full where none does."""
     if layout.recompute != "auto":
         return layout
-    tried = [replace(layout, recompute=r) for r in ("none", "selective", "full")]
+    ways = ("none",) if layout.pp > 1 and layout.pipeline_schedule == "zero_bubble" else ("none", "selective", "full")
+    tried = [replace(layout, recompute=r) for r in ways]
     return next((t for t in tried if fits(spec, t)), tried[-1])
 
 

@@ -87,7 +87,9 @@ def test_every_gpu_forecasts_and_the_parts_add_up(gpu: str) -> None:
 
 def test_recomputation_trades_memory_for_time() -> None:
     plans = [
-        forecast.plan(specs.compose(["experiment=llama_65b", f"layout.recompute={r}"]), NOW_S)
+        forecast.plan(
+            specs.compose(["experiment=llama_65b", f"layout.recompute={r}", "layout.microbatch_sequences=1"]), NOW_S
+        )
         for r in ("none", "selective", "full")
     ]
     memories = [p.memory.activations_bytes for p in plans]
@@ -95,6 +97,14 @@ def test_recomputation_trades_memory_for_time() -> None:
     times = [p.step.step_s for p in plans]
     assert times == sorted(times)
     assert plans[2].step.hfu > plans[2].step.mfu
+
+
+def test_recompute_auto_is_the_least_that_fits() -> None:
+    def chosen(memory_gb: int) -> str:
+        words = ["experiment=llama_65b", "layout.recompute=auto", f"gpu.memory_gb={memory_gb}"]
+        return forecast.resolved(specs.compose(words)).layout.recompute
+
+    assert [chosen(gb) for gb in (180, 80, 20)] == ["none", "selective", "full"]
 
 
 def test_a_gpu_that_nobody_calibrated_has_no_forecast() -> None:
@@ -133,7 +143,7 @@ def test_the_commands_of_the_documentation_run(capsys: pytest.CaptureFixture[str
 
     text = (Path(__file__).resolve().parents[4] / "docs" / "plan.md").read_text()
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith(".venv/bin/arriero")]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for words in commands:
         assert main(words) == 0
         assert capsys.readouterr().out
