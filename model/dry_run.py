@@ -91,7 +91,8 @@ def _fake_ranks(layout: Layout, rank: int) -> Iterator[Any]:
         yield place_ranks(layout, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it knows groups by names that are other groups for the next rank
+        # These know groups by names that are other groups for the next rank.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         _gen_transform_infos.cache_clear()
 
 
@@ -152,7 +153,7 @@ class _Storages(TorchDispatchMode):
     """
 
     def __init__(self, parts: list[Transformer]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parts = parts
         self.bytes = dict.fromkeys(
             ("parameters", "optimizer", "buffers", "gathered", "activations", "backward", "gradients"), 0
@@ -191,13 +192,13 @@ class _Storages(TorchDispatchMode):
                 self._set(storage, "gathered")
             return result
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
-        super().__enter__()
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
