@@ -6,7 +6,6 @@ it. Both are pickles, as in Hydra's own launchers (an application's function has
 """
 
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -138,7 +137,7 @@ def run_task(folder: str) -> None:
         setup_globals()
         sweep_config = context.config_loader.load_sweep_config(config, overrides)
         with open_dict(sweep_config):
-            sweep_config.hydra.job.id, sweep_config.hydra.job.num = _job_id(here.job_id), number
+            sweep_config.hydra.job.id, sweep_config.hydra.job.num = here.job_id, number
         result = run_job(
             hydra_context=context,
             task_function=function,
@@ -158,11 +157,6 @@ def run_task(folder: str) -> None:
         temporary.write_bytes(written)
         temporary.replace(path / "result.pkl")
     _ = result.return_value  # raises what the application raised
-
-
-def _job_id(of_slurm: str) -> str:
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else of_slurm
 
 
 def _failed(overrides: list[str], error: Exception) -> JobReturn:

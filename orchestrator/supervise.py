@@ -31,7 +31,7 @@ from orchestrator.run_dir import RunDir
 from orchestrator.webhook import post
 from slurm import lemons, queue
 from slurm.lead import Incident, Lead
-from slurm.rendezvous import expand_hostlist
+from slurm.rendezvous import expand_hostlist, job_id_of
 
 Cause = Literal[
     "timeout", "preempted", "requeued", "node_failure", "crash", "error", "user", "finished", "paused", "person"
@@ -170,7 +170,7 @@ class _Terminated(Exception):
 class _Supervisor:
     def __init__(self, directory: RunDir, srun: Sequence[str]) -> None:
         self.directory, self.srun = directory, list(srun)
-        self.job_id, self.restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.job_id, self.restarts = job_id_of(os.environ), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self._terminated = self._interruptible = False
         self._cancel_told = self._requeue_told = False
         self._posts: list[threading.Thread] = []

@@ -64,8 +64,15 @@ def _local(env: Mapping[str, str]) -> Place:
     )
 
 
+def job_id_of(env: Mapping[str, str]) -> str:
+    """The job, as Slurm's commands take it; "" outside of one. For a task of an array that is ARRAY_TASK: the last task's plain
+    number is the array's own, and a command that is given it speaks of all tasks."""
+    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID", "")
+
+
 def _slurm(env: Mapping[str, str]) -> Place:
-    job_id, restarts = env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT", "0"))
+    job_id, restarts = job_id_of(env), int(env.get("SLURM_RESTART_COUNT", "0"))
     nodes = expand_hostlist(env["SLURM_STEP_NODELIST"])
     world_size = int(env["SLURM_NTASKS"])
     return Place(

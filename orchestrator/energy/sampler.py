@@ -27,6 +27,7 @@ from typing import Any
 from orchestrator.energy.ledger import EnergyReading, LedgerWriter, Tick
 from orchestrator.run_dir import RunDir
 from slurm.energy import job_share_of_node
+from slurm.rendezvous import job_id_of
 
 J_PER_KWH = 3.6e6
 
@@ -76,7 +77,7 @@ def sampling(run_dir: Path, attempt: int, sample_s: float) -> Iterator[None]:
 
 def sample(run_dir: Path, attempt: int, watch_pid: int | None, sample_s: float) -> int:
     """Writes the ledger of this node until `watch_pid` is gone or SIGTERM comes. Returns the exit code."""
-    node, job = node_name(), os.environ.get("SLURM_JOB_ID", "")
+    node, job = node_name(), job_id_of(os.environ)
     lock = _lock(run_dir, attempt, node)
     if lock is None:
         print(f"{node} is sampled already for attempt {attempt}: nothing to do")
