@@ -258,7 +258,8 @@ PLAN: tuple[Planned, ...] = (
         name="scontrol_fails",
         scene="slurm",
         injected="the job is requeued, and scontrol fails eight times while the supervisor needs it",
-        seen=r"^requeued: requeued: requeued",
+        # while scontrol does not answer the supervisor knows only that all have saved at a warning
+        seen=r"^requeued: (requeued: requeued|requeued: preempted: asked to stop)",
     ),
     Planned(
         name="timeout_signal",

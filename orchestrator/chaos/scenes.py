@@ -399,13 +399,16 @@ def object_store(scene: Scene) -> None:
         env=store.env,
     )
     stage.faults = [Fault(kind="usr2", step=38)]
-    passing, lasting, over = stage.gates(7, 17, 23)
+    passing, between, lasting, over = stage.gates(7, 12, 17, 23)
     launch = stage.launch()
     stage.reached(passing)
     done = stage.hurt("object_store")
     store.unavailable += [("PUT", "rank-00000"), ("PUT", "rank-00001"), ("PUT", "manifest.json"), ("PUT", "COMMITTED")]
     store.cut += [("PUT", "rank-00000"), ("PUT", "index.json")]
     stage.go(passing)
+    stage.reached(between)
+    stage.wait(lambda: any(e.step == 10 for e in stage.events("saved")), "the save of step 10")
+    stage.go(between)
     stage.reached(lasting)
     stage.wait(lambda: any(e.step == 15 for e in stage.events("saved")), "the save of step 15")
     store.unavailable += [("PUT", "step-000000020")] * 100
