@@ -263,7 +263,7 @@ def writer(scene: Scene) -> None:
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         fifo.unlink()
         os.close(reader)  # the write fails, and its retry finds an ordinary disk
-        stage.wait(lambda: any(e.step == 20 for e in stage.events("saved")), "the stalled save")
+        _saved(stage, 20)
     stage.go(over)
     stage.ended(launch)
     saved = {e.step for e in stage.events("saved")}
@@ -272,6 +272,10 @@ def writer(scene: Scene) -> None:
     if not {5, 35, 60} <= saved:
         for done in stage.done.values():
             done.problems.append(f"saves did not go through again: {sorted(saved)}")
+
+
+def _saved(stage: Stage, step: int) -> None:
+    stage.wait(lambda: any(e.step == step for e in stage.events("saved")), f"the save of step {step}")
 
 
 def _folder(stage: Stage, step: int, before: int) -> Path:
@@ -402,15 +406,16 @@ def object_store(scene: Scene) -> None:
     passing, between, lasting, over = stage.gates(7, 12, 17, 23)
     launch = stage.launch()
     stage.reached(passing)
+    _saved(stage, 5)  # else the next save is skipped
     done = stage.hurt("object_store")
     store.unavailable += [("PUT", "rank-00000"), ("PUT", "rank-00001"), ("PUT", "manifest.json"), ("PUT", "COMMITTED")]
     store.cut += [("PUT", "rank-00000"), ("PUT", "index.json")]
     stage.go(passing)
     stage.reached(between)
-    stage.wait(lambda: any(e.step == 10 for e in stage.events("saved")), "the save of step 10")
+    _saved(stage, 10)
     stage.go(between)
     stage.reached(lasting)
-    stage.wait(lambda: any(e.step == 15 for e in stage.events("saved")), "the save of step 15")
+    _saved(stage, 15)
     store.unavailable += [("PUT", "step-000000020")] * 100
     stage.go(lasting)
     stage.reached(over)
