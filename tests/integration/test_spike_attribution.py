@@ -15,7 +15,8 @@ from model.config import ModelConfig, OptimConfig
 from model.layout import Layout
 from model.parallel import place_ranks
 from model.train import TrainConfig
-from orchestrator.faults import Fault, FaultyTrainer, write
+from orchestrator.faults import Fault, write
+from orchestrator.faulty_trainer import FaultyTrainer
 from orchestrator.spikes.config import SpikesConfig
 from orchestrator.spikes.watch import SpikeWatch
 
