@@ -19,6 +19,7 @@ from orchestrator.faults import Fault, write
 from orchestrator.faulty_trainer import FaultyTrainer
 from orchestrator.spikes.config import SpikesConfig
 from orchestrator.spikes.watch import SpikeWatch
+from slurm.pulse import Pulse
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +83,7 @@ def train(rank: int, layout: Layout, steps: int, faults: str) -> tuple[list[floa
         lambda: False,
         watch,
         f"node{rank}",
+        Pulse(),
         faults=Path(faults),
     )
     trainer.evaluate = lambda: None  # type: ignore[method-assign]
