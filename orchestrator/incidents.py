@@ -28,6 +28,11 @@ def crashes_so_far(events: Sequence[Event], cause: str = "crash") -> int:
     return crashes
 
 
+def step_on_disk(events: Sequence[Event]) -> int:
+    """The furthest step that a start can go on from, as the events tell; 0 where none is saved."""
+    return max((e.step for e in events if e.kind in ("saved", "resumed")), default=0)
+
+
 class Incidents:
     """What the lead of a run's ranks tells and asks (slurm.lead.Run)."""
 
@@ -55,7 +60,7 @@ class Incidents:
     def restarted(self, incident: Incident, generation: int, seconds: float) -> None:
         self._tell(
             "restarted",
-            max((e.step for e in read_events(self._directory.events) if e.kind in ("saved", "resumed")), default=0),
+            step_on_disk(read_events(self._directory.events)),
             f"inside the allocation, {incident.cause}: {incident.detail}; ranks ended and started again in {seconds:.1f} s",
             cause=incident.cause, rank=incident.rank, node=incident.node, seconds=round(seconds, 3), generation=generation,
             signal=_signal_name(incident.exit_code), job_id=self._job_id, restart=self._restarts,

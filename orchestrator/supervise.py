@@ -25,7 +25,7 @@ from typing import Literal
 
 from orchestrator import shrink
 from orchestrator import spec as specs
-from orchestrator.incidents import Incidents, crashes_so_far
+from orchestrator.incidents import Incidents, crashes_so_far, step_on_disk
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.webhook import post
@@ -254,7 +254,7 @@ class _Supervisor:
             )
             self._tell(
                 "restarted",
-                _step(read_events(self.directory.events)),
+                step_on_disk(read_events(self.directory.events)),
                 f"inside the allocation, {why or 'unfit_node'}: without {', '.join(gone) or 'any loss'}, on {how}",
                 cause=why or "unfit_node", job_id=self.job_id, restart=self.restarts, without=gone, nodes=wanted, gpus=gpus,
             )  # fmt: skip
@@ -302,7 +302,7 @@ class _Supervisor:
         refused = rejections_so_far(events)
         if not why and refused + 1 >= _REJECTIONS:
             detail = f"{refused + 1} starts in a row had unfit nodes (last: {', '.join(out)}): a person must look"
-            self._tell("failed", _step(events), f"unfit_node: {detail}", cause="unfit_node", job_id=self.job_id)
+            self._tell("failed", step_on_disk(events), f"unfit_node: {detail}", cause="unfit_node", job_id=self.job_id)
             return 1
         self._tell_requeue(events, why or "unfit_node", f"without {', '.join(out)}", self.restarts + 1)
         _until_it_works(["scontrol", "requeue", self.job_id])
@@ -403,7 +403,7 @@ class _Supervisor:
                 return 0
             if decision.cause != "person":
                 detail = f"{decision.cause}: {decision.reason}"
-                self._tell("failed", _step(events), detail, cause=decision.cause, job_id=self.job_id)
+                self._tell("failed", step_on_disk(events), detail, cause=decision.cause, job_id=self.job_id)
             return 1
         if (
             decision.act == "requeue" and not self._requeue_told
@@ -499,12 +499,12 @@ class _Supervisor:
         if not self._cancel_told:
             self._cancel_told = True
             events = read_events(self.directory.events)
-            self._tell("cancelled", _step(events), f"user: {reason}", cause="user", job_id=self.job_id)
+            self._tell("cancelled", step_on_disk(events), f"user: {reason}", cause="user", job_id=self.job_id)
 
     def _tell_requeue(self, events: Sequence[Event], cause: str, reason: str, restart: int) -> bool:
         self._requeue_told = restart > self.restarts
         detail = f"requeued: {cause}: {reason}"
-        return self._tell("requeued", _step(events), detail, cause=cause, job_id=self.job_id, restart=restart)
+        return self._tell("requeued", step_on_disk(events), detail, cause=cause, job_id=self.job_id, restart=restart)
 
     def _tell(self, kind: str, step: int, detail: str, **data: object) -> bool:
         """Whether it is on disk. A full disk or a stale mount is printed: the run must go on all the same."""
@@ -549,10 +549,6 @@ def _until_it_works(words: list[str], seconds: float = 60.0) -> None:
             print(f"supervise: {' '.join(words)}: {error}", file=sys.stderr, flush=True)
             return
         time.sleep(0.3)
-
-
-def _step(events: Sequence[Event]) -> int:
-    return max((e.step for e in events if e.kind in ("saved", "resumed")), default=0)
 
 
 def main() -> int:

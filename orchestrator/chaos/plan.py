@@ -26,7 +26,7 @@ class Planned:
     injected: str  # for a person
     seen: str  # a regular expression: an event ("kind: detail") or a line of a launch must match; "": the scene sees to it
     faults: tuple[Fault, ...] = ()
-    repeats: int = 2 * SAVE_EVERY  # steps that may be trained again, at most: the last save may still be on its way
+    repeats: int = SAVE_EVERY  # steps that may be trained again, at most
     loss: Literal["bitwise", "close", "until the rewind"] = "bitwise"  # against the control
     skips: bool = False  # whether data may be skipped
 
@@ -42,6 +42,7 @@ PLAN: tuple[Planned, ...] = (
         injected="SIGKILL of a rank, drawn by the seed",
         seen=_DIED,
         faults=(_strike("kill", 1, rank=-1),),
+        repeats=2 * SAVE_EVERY,  # struck 30 ms after the run's first save began: it may not be committed yet
     ),
     Planned(
         name="sigkill_rank_0", scene="deaths", injected="SIGKILL of rank 0", seen=_DIED, faults=(_strike("kill", 1),)
@@ -55,7 +56,7 @@ PLAN: tuple[Planned, ...] = (
         injected="SIGKILL of rank 0 between write and commit",
         seen=_DIED,
         faults=(_strike("kill_in_commit", 1),),
-        repeats=3 * SAVE_EVERY,
+        repeats=2 * SAVE_EVERY,
     ),
     Planned(
         name="kill_in_resume",
@@ -172,7 +173,7 @@ PLAN: tuple[Planned, ...] = (
         scene="newest_two",
         injected="the two newest checkpoints damaged, one in its shard, one in its marker",
         seen=r"^passed_over: .*do not belong together",
-        repeats=3 * SAVE_EVERY,
+        repeats=2 * SAVE_EVERY,
     ),
     Planned(
         name="enospc",
@@ -200,7 +201,7 @@ PLAN: tuple[Planned, ...] = (
         scene="twice",
         injected="the same command again while it runs; then as on a host that does not see the first",
         seen=r"^fenced: epoch 1 has been taken over by epoch 2",
-        repeats=3 * SAVE_EVERY,
+        repeats=2 * SAVE_EVERY,
     ),
     Planned(
         name="launched_twice_at_once",
@@ -273,6 +274,6 @@ PLAN: tuple[Planned, ...] = (
         scene="slurm_zombie",
         injected="SIGKILL of the node's slurmd; the ranks on it stand still, and go on once the run is at work elsewhere",
         seen=r"^requeued: requeued: node_failure",
-        repeats=3 * SAVE_EVERY,
+        repeats=2 * SAVE_EVERY,
     ),
 )
