@@ -162,18 +162,19 @@ def compose_many(sweep: Sequence[Sequence[str]], config_dir: Path | None = None)
 def _from_base(
     overrides: Sequence[str], search: list[str], bases: dict[tuple[tuple[str, ...], ...], Any]
 ) -> RunSpec | str | None:
-    """None where Hydra refuses it, or a key is added: `compose` refuses those that no section knows."""
+    """None where Hydra refuses it."""
     try:
         parsed = [_parsed(o) for o in overrides]
-        if any(o.is_add() for o in parsed):
-            return None
         chosen = tuple(str(o.input_line) for o in parsed if not _only_sets_a_value(o))
         values = {o.key_or_group: o.value() for o in parsed if _only_sets_a_value(o)}
         base = (chosen, tuple(values))
         if base not in bases:
             GlobalHydra.instance().clear()
             with initialize_config_module("hydra_conf", version_base="1.3"):
-                bases[base] = hydra_compose("config", overrides=[*search, *chosen])
+                composed = hydra_compose("config", overrides=[*search, *chosen])
+            if any(o.is_add() for o in parsed):  # Hydra adds any key: one that no section knows is refused here
+                _typed(OmegaConf.to_container(composed, resolve=True))
+            bases[base] = composed
         config = bases[base]  # each list sets the same keys, so nothing of the one before is left
         if any(isinstance(v, dict) for v in values.values()):  # but for these, which are merged
             config = copy.deepcopy(config)

@@ -42,6 +42,7 @@ _OWN_FAULTS = 3  # of the supervisor itself, without a new checkpoint in between
 _UNTOLD_RESTARTS = 16  # of the job, where not even the events can be read or written
 _BREATH_S = 8  # between the end of one start and the next
 _LOST_NODE_S = 75  # the same after a lost node: slurmstepd waits for its report, 60 s and 3 more a tree level
+_DOWN_LATE_S = 30  # after SlurmdTimeout, within which slurmctld holds a silent node for down
 _LATER_S = 60  # the same, after a fault that may pass: a file system that does not answer
 _ENDS = ("finished", "stopped", "failed")
 _SRUN_ENDS_S = 60.0  # after its ranks, a tenth where a node may be gone; then it is ended, and this long later killed
@@ -285,7 +286,8 @@ class _Supervisor:
         said = {n: json.loads(p.read_text()) for n in nodes if (p := results / f"{n}.json").exists()}
         shutil.rmtree(results, ignore_errors=True)
         unfit: dict[str, list[str]] = {n: why for n, why in said.items() if why}
-        silent = [f"no answer in {wait_s:g} s (exit code {code}) {error[-200:]}".rstrip()]
+        waited = f" in {wait_s:g} s" if code == 124 else f" (srun: exit code {code})"
+        silent = [f"no answer{waited} {error[-200:]}".rstrip()]
         missing = {n: silent for n in nodes if n not in said}
         if not said and (len(nodes) > 1 or code != 124):  # not one node has answered: srun or the check is at fault
             self._tell("preflight", 0, f"the preflight could not be made, so no node is left out: {silent[0]}")
@@ -409,9 +411,25 @@ class _Supervisor:
             decision.act == "requeue" and not self._requeue_told
         ):  # else the next start tells: the accounting knows who did it
             self._tell_requeue(events, decision.cause, decision.reason, self.restarts + 1)
-            _until_it_works(["scontrol", "requeue", self.job_id])
+            if not self._is_ended_for(lost):
+                _until_it_works(["scontrol", "requeue", self.job_id])
         self._start_again(_LOST_NODE_S if lost else _BREATH_S)
         return 0
+
+    def _is_ended_for(self, lost: Sequence[str]) -> bool:
+        """Waits until slurmctld, too, holds these nodes for down, and ends the job for it; whether it has.
+
+        Nothing could start sooner. And where a requeue's last node to come to its end is one that goes down, Slurm 22.05 takes
+        what the job held of it along into the next start, whose every srun then fails ("Invalid generic resource (gres)
+        specification"; in slurmctld's log "_step_get_gres_cnt ... node offset invalid").
+        """
+        until = time.monotonic() + queue.slurmd_timeout_s() + _DOWN_LATE_S
+        while lost and time.monotonic() < until:
+            if ended_by_slurm(queue.details(self.job_id), self.restarts):
+                return True
+            lost = [n for n, why in queue.lost_among(lost).items() if not why.startswith(queue.HELD_DOWN)]
+            time.sleep(0.5)
+        return False
 
     def _start_again(self, slowest_s: int) -> None:
         """When the last of this start is gone on every node, slurmctld holds the job for two minutes more, but only where its

@@ -285,7 +285,7 @@ class Lead:
         """What has been said, after at most a moment. Raises _Lost for a keeper that is gone, but not while `losing` them."""
         heard: list[tuple[_Keeper, dict[str, Any]]] = []
         if self._closing and not losing:
-            raise _Lost(None, "", "the ranks' processes have ended")
+            raise _Lost(None, "", "the ranks' processes have ended" if self._keepers else "no rank has started")
         lost: _Keeper | None = None
         for key, _ in self._selector.select(_TICK_S):
             if key.data is None:

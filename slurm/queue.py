@@ -96,6 +96,11 @@ def kill_wait_s() -> int:
     return int(_configured("KillWait") or 30)
 
 
+def slurmd_timeout_s() -> int:
+    """How long a node may be silent until slurmctld holds it for down; Slurm's default where it does not answer."""
+    return int(_configured("SlurmdTimeout") or 300)
+
+
 def _configured(name: str) -> str | None:
     code, out, _ = call("scontrol", "show", "config")
     found = re.search(rf"^{name}\s*=\s*(\S+)", out, re.MULTILINE)
@@ -139,6 +144,9 @@ def is_known(job_id: str) -> bool | None:
     return False if "Invalid job id" in error or re.search(r"not found", out + error) else None
 
 
+HELD_DOWN = "Slurm says"  # of a lost node: not only this process
+
+
 def lost_among(nodes: Sequence[str]) -> dict[str, str]:
     """Of these nodes, those that are gone, and why: slurmctld holds them for down, or their slurmd takes no connection from
     here, which is known minutes earlier (SlurmdTimeout). Nobody is lost where slurmctld does not answer."""
@@ -152,7 +160,7 @@ def lost_among(nodes: Sequence[str]) -> dict[str, str]:
         values = dict(re.findall(r"(\w+)=(\S*)", line))
         node, state = values.get("NodeName", ""), values.get("State", "")
         if re.match(r"DOWN|FAIL", state):
-            found[node] = f"Slurm says {state.lower()}"
+            found[node] = f"{HELD_DOWN} {state.lower()}"
         elif node:
             default_port = default_port or (values.get("Port") or _configured("SlurmdPort") or "6818")
             asked[node] = str(values.get("NodeAddr", node)), int(values.get("Port") or default_port.partition("-")[0])

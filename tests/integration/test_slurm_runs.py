@@ -167,10 +167,6 @@ def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
     assert runs.cluster.command("sacct", "-X", "-n", f"--name={name}", "--format=JobID").stdout.split() == [job]
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="a defect: the start after a lost node can fail on its gres, and that is counted as a crash",
-)
 def test_a_node_that_dies_is_told_and_the_run_goes_on_elsewhere(
     runs: Runs, undisturbed: dict[int, tuple[float, float]]
 ) -> None:

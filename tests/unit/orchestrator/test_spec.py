@@ -144,6 +144,8 @@ def test_composing_many_gives_what_composing_each_gives() -> None:
         ["model=nano", "no.such=1"],
         ["model=nothere"],
         ["+model.nope=1", "seed=2"],
+        ["+model.nope=1", "seed=3"],  # the composition that they would share is refused again
+        ["+cluster.sbatch.begin=now+1hour", "seed=2"],
         ["+nope=1"],
         ["optim.lr=abc"],
         ["steps=1.5"],
@@ -155,6 +157,16 @@ def test_composing_many_gives_what_composing_each_gives() -> None:
         except UserError as error:
             one = str(error)
         assert found == one, overrides
+
+
+@pytest.mark.parametrize("each", [["steps=100"], ["+cluster.sbatch.begin=now+1hour"]])
+def test_points_that_only_set_values_share_one_composition(each: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 0.1 s, so that 200 points would wait 20 s before they are submitted."""
+    calls = []
+    monkeypatch.setattr(specs, "hydra_compose", lambda *a, _real=specs.hydra_compose, **k: calls.append(a) or _real(*a, **k))
+    found = specs.compose_many([["model=nano", *each, f"seed={n}"] for n in range(20)])
+    assert [s.seed for s in found if isinstance(s, specs.RunSpec)] == list(range(20))
+    assert len(calls) == 1
 
 
 def test_a_run_of_before_a_section_existed_is_still_read(tmp_path: Path) -> None:
