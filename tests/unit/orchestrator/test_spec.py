@@ -1,6 +1,7 @@
 """The configuration: the paper's numbers, and everything that is wrong told at once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -163,7 +164,12 @@ def test_composing_many_gives_what_composing_each_gives() -> None:
 def test_points_that_only_set_values_share_one_composition(each: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes 0.1 s, so that 200 points would wait 20 s before they are submitted."""
     calls = []
-    monkeypatch.setattr(specs, "hydra_compose", lambda *a, _real=specs.hydra_compose, **k: calls.append(a) or _real(*a, **k))
+
+    def counted(*args: Any, _real: Any = specs.hydra_compose, **more: Any) -> Any:
+        calls.append(args)
+        return _real(*args, **more)
+
+    monkeypatch.setattr(specs, "hydra_compose", counted)
     found = specs.compose_many([["model=nano", *each, f"seed={n}"] for n in range(20)])
     assert [s.seed for s in found if isinstance(s, specs.RunSpec)] == list(range(20))
     assert len(calls) == 1
