@@ -72,7 +72,7 @@ class _BudgetWatch(threading.Thread):
         except Exception as error:  # the account must not take the training down; it is told, once
             verdict = BudgetVerdict("warn", f"the budget could not be checked: {type(error).__name__}: {error}")
         if verdict.action == "stop":
-            self.stop.requested = verdict.reason
+            self.stop.ask(verdict.reason)
             self.directory.cancelled.write_text(f"{verdict.reason}\n")  # not to be put back into the queue
         if verdict.action != "ok" and self._warned != verdict.action:
             self._warned = verdict.action
@@ -212,7 +212,7 @@ def _train(
         make = partial(FaultyTrainer, faults=directory.faults)
         recorder.event("faults", 0, f"faults are injected on purpose: {directory.faults}")
     if directory.cancelled.exists():  # its signal came before this process could hear one
-        stop.requested = stop.requested or "cancelled"
+        stop.ask("cancelled")
     pause_step = directory.pause_step()
 
     def stop_requested() -> bool:

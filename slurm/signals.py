@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from types import FrameType
 
 # USR2: Slurm's warning before the time limit (--signal) and submitit's; TERM: preemption, scancel, shutdown; INT: Ctrl-C.
+# Of several, the first in this order is told: TERM follows at once on the warning before a preemption, and may overtake it.
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_RANK = {number.name: rank for rank, number in enumerate(STOP_SIGNALS)}
 
 _early: list[str] = []
 
@@ -19,20 +21,26 @@ def note_early(came: Sequence[str] = ()) -> None:
 
 
 class StopFlag:
-    """Takes the place of whatever handlers stood there (submitit's too) and remembers the first signal that came.
+    """Takes the place of whatever handlers stood there (submitit's too) and remembers the signal that came.
 
     Make it on the main thread, first thing. A Python handler waits until a blocking collective returns: the flag is seen
     at the next step boundary at the latest.
     """
 
     def __init__(self) -> None:
-        self.requested: str | None = None
+        self._came = _early  # also what came before
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
-        if _early:
-            self.requested = _early[0]
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it before TERM: it must not stop anything
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested = signal.Signals(number).name
+        self._came.append(signal.Signals(number).name)
+
+    def ask(self, why: str) -> None:
+        """To stop for another reason than a signal: that is what is told."""
+        self._came.append(why)
+
+    @property
+    def requested(self) -> str | None:
+        """Why to stop; None while nobody asks."""
+        return min(self._came, key=lambda why: _RANK.get(why, -1), default=None)

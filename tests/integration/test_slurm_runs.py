@@ -117,10 +117,6 @@ def test_a_run_goes_to_its_end_and_its_status_says_so(runs: Runs, undisturbed: d
     assert list(code.glob("*/orchestrator/worker.py"))
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="a defect since keepers start the ranks: of Slurm's USR2 and the TERM after it, the run tells of TERM",
-)
 def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
     runs: Runs, undisturbed: dict[int, tuple[float, float]]
 ) -> None:
