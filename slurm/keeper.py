@@ -1,7 +1,8 @@
 """The keeper of one rank: imports what the rank needs, once, and forks it, as often as the lead says (slurm/lead.py).
 
 It is what srun (or, on this machine, the local lead) starts. It stays tiny: no thread, no CUDA, no process group, so that forking
-is safe and a restart costs a fork instead of an import. It sees the end and the pulse of its rank from outside, tells the lead,
+is safe and a restart costs a fork instead of an import; and no module that takes a megabyte (dataclasses, pathlib), as thousands
+share one machine in a rehearsal. It sees the end and the pulse of its rank from outside, tells the lead,
 passes signals on, and ends with its rank when the lead is gone. The rank in turn dies with its keeper.
 
 One JSON object a line, over one connection to the lead:
@@ -24,9 +25,7 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -83,6 +82,8 @@ class _Keeper:
         try:
             run: Run = getattr(importlib.import_module(module), function)
         except Exception:
+            import traceback
+
             self._say(gone=0, code=1, words=traceback.format_exc(), steps=0)
             raise
         gc.collect()
@@ -167,6 +168,8 @@ class _Keeper:
         pulse.attach(self._memory)
 
     def _write_last_words(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        import traceback
+
         os.write(self._words, "".join(traceback.format_exception(kind, error, trace)).encode()[-_WORDS_BYTES:])
         sys.__excepthook__(kind, error, trace)
 
@@ -213,10 +216,11 @@ class _Keeper:
         seen: dict[str, Any] = {"phase": beat.phase, "step": beat.step, "state": "gone", "stack": ""}
         if self.child is None:
             return seen
-        proc = Path(f"/proc/{self.child}")
-        status = _read(proc / "status")
+        status = _read(f"/proc/{self.child}/status")
         seen["state"] = next((line.split()[1] for line in status.splitlines() if line.startswith("State:")), "?")
-        kernel = "\n".join(f"{name}: {text}" for name in ("wchan", "stack") if (text := _read(proc / name).strip()))
+        kernel = "\n".join(
+            f"{name}: {text}" for name in ("wchan", "stack") if (text := _read(f"/proc/{self.child}/{name}").strip())
+        )
         seen["stack"] = f"state {seen['state']}\n{kernel}\n"
         if seen["state"] not in "TtZX":  # a stopped process hears no signal
             seen["stack"] += self._dumped()
@@ -283,8 +287,9 @@ def _connect(address: str) -> socket.socket:
         return connection
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     try:
-        return path.read_text(errors="replace")
+        with open(path, errors="replace") as file:
+            return file.read()
     except OSError:
         return ""

@@ -4,8 +4,8 @@ The keeper reads it from outside, so that a rank which is stopped, or whose inte
 """
 
 from collections import deque
-from dataclasses import dataclass
 from mmap import mmap
+from typing import NamedTuple
 
 # Within a step in the order of progress: of ranks at one step, who is in the earlier phase is behind.
 PHASES = ("start", "load", "data", "compute", "collective", "update", "evaluate", "save", "end")
@@ -15,9 +15,8 @@ FLOOR_S = 120.0  # the least that cluster.hang_timeout_s=null allows
 STEPS_ALLOWED = 5.0  # and that many median steps
 
 
-@dataclass(frozen=True)
-class Beat:
-    count: int  # beats so far
+class Beat(NamedTuple):
+    beats: int  # so far
     phase: str
     step: int  # about to be done, or done last
     steps: int  # done by this process
@@ -50,8 +49,8 @@ class Pulse:
         self._words[3] += 1
 
     def read(self) -> Beat:
-        count, phase, step, steps, own_us = self._words[:5]
-        return Beat(count, PHASES[phase], step, steps, own_us / 1e6)
+        beats, phase, step, steps, own_us = self._words[:5]
+        return Beat(beats, PHASES[phase], step, steps, own_us / 1e6)
 
 
 pulse = Pulse()
@@ -67,7 +66,7 @@ class Watch:
         self._hang_s, self._slow_s = hang_s, slow_s
         # How often to look: often enough for the deadline, and no more, as thousands may share a machine in a rehearsal.
         self.every_s = min(2.0, max(0.25, (hang_s or FLOOR_S) / 20))
-        self._count, self._steps, self._last_s = -1, 0, -1.0
+        self._beats, self._steps, self._last_s = -1, 0, -1.0
         self._idle_s = self._since_step_s = 0.0
         self._step_s: deque[float] = deque(maxlen=32)
 
@@ -79,8 +78,8 @@ class Watch:
         if beat.steps > self._steps:
             self._step_s.append(self._since_step_s / (beat.steps - self._steps))
             self._steps, self._since_step_s = beat.steps, 0.0
-        if beat.count != self._count:
-            self._count, self._idle_s = beat.count, 0.0
+        if beat.beats != self._beats:
+            self._beats, self._idle_s = beat.beats, 0.0
             return None
         self._idle_s += gap_s
         return self._idle_s if self._idle_s > self.allowed_s(beat) else None

@@ -12,10 +12,6 @@ from tests.integration.words_run import arriero, make_workplace
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="a defect: all holds but the lost node, after which a start can fail on its gres (docs/slurm.md)",
-)
 def test_a_job_is_rehearsed_with_requeue_preemption_and_a_lost_node(tmp_path: Path) -> None:
     require_slurm()
     workplace = make_workplace(tmp_path)
