@@ -231,9 +231,13 @@ class _Rehearsal:
 
     def _go_on(self) -> None:
         """Until the present start has trained a step."""
-        attempts = len([e for e in self._events() if e.kind == "started"])
-        path = self.run_dir.attempt_file(self.run_dir.records, attempts)
-        self._wait(lambda: path.exists() and path.stat().st_size > 0, "a step")
+
+        def has_trained() -> bool:
+            attempts = len([e for e in self._events() if e.kind == "started"])
+            path = self.run_dir.attempt_file(self.run_dir.records, attempts)
+            return path.exists() and path.stat().st_size > 0
+
+        self._wait(has_trained, "a step")
 
     def _events(self) -> list[Event]:
         return read_events(self.run_dir.events)
