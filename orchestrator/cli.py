@@ -463,11 +463,9 @@ def _runs(args: argparse.Namespace) -> int:
 
 
 def _logs(args: argparse.Namespace) -> int:
-    from orchestrator import control
+    from orchestrator.logs import logs
 
-    return control.logs(
-        args.run, rank=args.rank, everyone=args.all, lines=args.lines, follow=args.follow, as_json=args.json
-    )
+    return logs(args.run, rank=args.rank, everyone=args.all, lines=args.lines, follow=args.follow, as_json=args.json)
 
 
 def _plan(args: argparse.Namespace) -> int:

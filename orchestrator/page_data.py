@@ -4,10 +4,8 @@ Every part that is missing (no ledger, no forecast, no prepared tokens) leaves i
 """
 
 import json
-import re
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 
 from dashboards.carbon import CarbonStatement
 from dashboards.panels import step_fields
-from dashboards.run_view import BUCKETS, Attempt, Curve, ForecastLine, Happening, LogError, MixLine, RunView, curve
+from dashboards.run_view import BUCKETS, Attempt, Curve, ForecastLine, Happening, MixLine, RunView, curve
 from model.data.mixture import Mixture, SourceSize
 from model.data.prepare import PreparedData
 from orchestrator import spec as specs
@@ -24,6 +22,7 @@ from orchestrator.columns import StepColumns, StepReader, condensed
 from orchestrator.energy.attribution import CLASSES, Span, attempt_windows, timeline, unix_s
 from orchestrator.energy.ledger import consumption, kind_of, read_ledger
 from orchestrator.energy.report import account
+from orchestrator.logs import log_errors
 from orchestrator.record import Event, read_events
 from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec
@@ -32,14 +31,6 @@ SILENT_AFTER_S = 300.0  # without a record or event: a run that has not ended is
 POWER_BINS = 600
 POWER_LEDGER_BYTES = 64 << 20  # of more than this, some nodes stand for all
 SPANS = 6000  # of all attempts together
-LOG_TAIL_BYTES = 64 << 10
-LOG_ERRORS = 30
-
-_ERROR = re.compile(
-    r"\b(Traceback|CRITICAL|FATAL|\w*Error|\w*Exception|[Oo]ut of memory|OOM|oom-kill|Killed|Segmentation fault|"
-    r"NCCL WARN|CANCELLED|DUE TO TIME LIMIT|NODE FAILURE)\b"
-)
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class RunFollower:
@@ -350,32 +341,6 @@ def _forecast(paths: RunDir, measured: dict[str, float | None]) -> list[Forecast
 
     visit(plan)
     return list(found.values())
-
-
-def log_errors(logs: Path) -> list[LogError]:
-    """The last lines that look like errors, of the newest logs first; a traceback's repeated lines once."""
-    found: list[LogError] = []
-    files = [p for p in logs.glob("*") if p.suffix in (".out", ".err", ".log", ".txt") and p.is_file()]
-    for path in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True):
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - LOG_TAIL_BYTES))
-            begun = file.tell()
-            lines = file.read().decode("utf-8", "replace").splitlines()
-        if begun:
-            with path.open("rb") as file:
-                before = file.read(begun).count(b"\n") if begun < (64 << 20) else 0
-        else:
-            before = 0
-        here = [
-            LogError(file=path.name, line=before + number, text=_ANSI.sub("", line).strip()[:400])
-            for number, line in enumerate(lines, 1)
-            if _ERROR.search(line)
-        ]
-        found += [a for a, b in pairwise([*here[-LOG_ERRORS:], None]) if a and (b is None or a.text != b.text)]
-        if len(found) >= LOG_ERRORS:
-            break
-    return found[:LOG_ERRORS]
 
 
 def _text(path: Path) -> str:

@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from orchestrator.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,14 @@ class RunDir:
     """The paths of one run directory. Makes nothing by itself."""
 
     root: Path
+
+    @classmethod
+    def existing(cls, root: Path) -> Self:
+        """Raises UserError for a folder that is none."""
+        run = cls(root.resolve())
+        if not run.spec.exists():
+            raise UserError(f"{root} is no run directory: it has no spec.yaml")
+        return run
 
     @property
     def spec(self) -> Path:

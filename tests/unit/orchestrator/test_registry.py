@@ -1,0 +1,59 @@
+"""The table of runs, and the lines of logs that look like errors."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator import registry
+from orchestrator.logs import log_errors
+from orchestrator.registry import RunRow
+
+ROW = RunRow(
+    name="a", run_dir="runs/a", state="running", why="step 7", job_id="12", step=7, steps=3000, loss_nats=2.5, tokens_per_s=1234.5,
+    attempts=2, lineage=["crash", "timeout", "crash"],
+)  # fmt: skip
+NEW = RunRow(
+    name="long_name", run_dir="runs/b", state="new", why="", job_id=None, step=None, steps=None, loss_nats=None, tokens_per_s=None,
+    attempts=0, lineage=[],
+)  # fmt: skip
+
+
+def test_columns_stand_under_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert registry.show([ROW, NEW], as_json=False, details=False) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "run        state    job     step   loss  tokens/s  starts  went on after      why",
+        "a          running  12   7/3,000  2.500     1,234       2  crash x2, timeout  step 7",
+        "long_name  new      -          -      -         -       0  -",
+    ]
+
+
+def test_a_terminal_wraps_the_last_column_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    registry.show([replace(ROW, why="word " * 20 + "\nof two lines")], as_json=False, details=False)
+    head, *lines = capsys.readouterr().out.splitlines()
+    at = head.index("why")
+    assert len(lines) > 1
+    assert all(len(line) <= 100 for line in lines)
+    assert " ".join(line[at:] for line in lines) == ("word " * 20 + "of two lines")
+    assert not any(line[:at].strip() for line in lines[1:])
+
+
+def test_no_run_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    registry.show([], as_json=False, details=False)
+    registry.show([ROW], as_json=True, details=False)
+    first, _, rest = capsys.readouterr().out.partition("\n")
+    assert first == "no runs"
+    assert json.loads(rest)[0]["tokens_per_s"] == 1234.5
+
+
+def test_errors_are_found_once_with_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "1_0_log.out").write_text("fine\n\x1b[31mRuntimeError: x\x1b[0m\nRuntimeError: x\nNCCL WARN y\nno\n")
+    assert [(e.file, e.line, e.text) for e in log_errors(tmp_path)] == [
+        ("1_0_log.out", 3, "RuntimeError: x"),
+        ("1_0_log.out", 4, "NCCL WARN y"),
+    ]
