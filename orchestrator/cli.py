@@ -304,6 +304,12 @@ def _parser() -> argparse.ArgumentParser:
         "coordinates and curves, which opens with no network.",
     )
     told.add_argument("sweep", type=Path, metavar="DIR", help="the sweep's directory, such as runs/NAME")
+    told.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="carbon.KEY=VALUE",
+        help="in place of the points' own, as of `report carbon`: carbon.zone=FRA",
+    )
     told.add_argument("--output", type=Path, metavar="FILE", help="the page (default: DIR/sweep.html)")
     _takes_json(told)
 
@@ -704,7 +710,7 @@ def _sweep_status(args: argparse.Namespace) -> int:
 def _sweep_report(args: argparse.Namespace) -> int:
     from orchestrator import sweep_report
 
-    found = sweep_report.report(args.sweep)
+    found = sweep_report.report(args.sweep, args.overrides)
     page = sweep_report.write_page(found, args.output or args.sweep / "sweep.html")
     if args.json:
         print_json({**found.as_json(), "page": str(page)})

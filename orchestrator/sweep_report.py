@@ -1,6 +1,7 @@
 """`arriero sweep status | report`: what stands in the run directories of a sweep, read from the disk."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,10 @@ def status_table(root: Path, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def report(root: Path) -> SweepReport:
-    """Raises UserError where no point of the sweep has begun."""
+def report(root: Path, overrides: Sequence[str] = ()) -> SweepReport:
+    """`overrides`: `carbon.KEY=VALUE` in place of the points' own. Raises UserError, also where no point has begun."""
+    if wrong := [o for o in overrides if not (o.startswith("carbon.") and "=" in o)]:
+        raise UserError(f"{' '.join(wrong)}: a report takes overrides of carbon alone, such as carbon.zone=FRA")
     points = Journal.read(root).points
     values = {p.directory: dict(o.split("=", 1) for o in p.overrides if "=" in o) for p in points}
     keys = list(dict.fromkeys(k for v in values.values() for k in v))
@@ -127,7 +130,7 @@ def report(root: Path) -> SweepReport:
     begun = [root / p.directory for p in points if (root / p.directory / "spec.yaml").exists()]
     if not begun:
         raise UserError(f"no point of {root} has begun: nothing to report")
-    statements = account([accounted(run) for run in begun], ask_slurm=False)
+    statements = account([accounted(run, overrides) for run in begun], ask_slurm=False)
     by_run = dict(zip(begun, statements, strict=False))
     live = live_points(root) or {}
     found = [_point(root, p, {a: values[p.directory].get(a, "") for a in axes}, by_run, live) for p in points]

@@ -7,6 +7,7 @@ from machine to machine with the packages installed; the prepared tokens' manife
 import doctest
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -81,11 +82,12 @@ def _standard_library() -> list[Path]:
 
 
 def _package_files(pattern: str) -> list[Path]:
+    """Where Python finds the packages: a virtual environment may take them from the system's."""
     found: list[Path] = []
     for name in _DOCUMENTED:
-        root = _site() / name
-        if root.is_dir():
-            found += root.rglob(pattern)
+        spec = importlib.util.find_spec(name)
+        for root in (spec and spec.submodule_search_locations) or ():
+            found += Path(root).rglob(pattern)
     return _spread(found)
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+from hydra.version import VersionBase
 
 from slurm import queue
 from slurm.virtual import VirtualCluster
@@ -26,6 +28,12 @@ def on_slurm(slurm_cluster: VirtualCluster, monkeypatch: pytest.MonkeyPatch) -> 
     yield slurm_cluster
     while any(job.live for job in (queue.queued() or {}).values()):  # as the next test expects it
         pass
+
+
+@pytest.fixture(autouse=True)
+def no_version_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra's tests name none, and expect 1.1's working directories; a composition in this process before has left 1.3."""
+    monkeypatch.delitem(Singleton._instances, VersionBase, raising=False)
 
 
 def test_hydra_finds_the_launcher() -> None:

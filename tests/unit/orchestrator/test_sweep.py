@@ -183,6 +183,9 @@ def test_halving_trains_the_better_half_on_and_reports_what_it_saved(
 
     assert [r["state"] for r in status(Path("runs/lrs"))] == ["dropped", "dropped", "dropped", "finished"]
     assert report(Path("runs/lrs")).steps_saved_share == 0.5
+    for override, message in (("steps=3", "overrides of carbon alone"), ("carbon.zon=FRA", "Key 'zon'")):
+        with pytest.raises(UserError, match=message):
+            report(Path("runs/lrs"), [override])
 
     assert sweep.launch_sweep(words, halving=20) == 0  # what was dropped stays so
     assert len(trained) == 7
