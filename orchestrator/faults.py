@@ -21,6 +21,7 @@ KINDS = {
     "wait": "waits before the step until faults/<its number>.go is there, or it is asked to stop",
     "nan": "the rank's last layer returns NaN, in one computation",
     "nan_grad": "the gradient of the rank's last layer becomes NaN, in one computation",
+    "stuck_grad": "a bit of the exponent is stuck at 1 in the gradient of the rank's last layer: finite, and far off",
     "poison": "`batches` of the data are random tokens",
     "kill_in_commit": "SIGKILL when all is written and before the checkpoint is committed",
     "kill_in_rewind": "SIGKILL after the verdict is on disk and before the checkpoint is loaded",

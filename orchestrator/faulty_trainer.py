@@ -32,7 +32,13 @@ def _nan_grad(module: object, inputs: object, x_BTD: Tensor) -> None:
     x_BTD.register_hook(lambda grad_BTD: grad_BTD * float("nan"))  # type: ignore[no-untyped-call]
 
 
-_ARITHMETIC = {"nan": _nan, "nan_grad": _nan_grad}
+def _stuck_grad(module: object, inputs: object, x_BTD: Tensor) -> None:
+    """Most values, which are small, become 65,536 times as large."""
+    bits, bit = (torch.int32, 1 << 27) if x_BTD.dtype == torch.float32 else (torch.int16, 1 << 11)  # bfloat16
+    x_BTD.register_hook(lambda grad_BTD: (grad_BTD.view(bits) | bit).view(grad_BTD.dtype))  # type: ignore[no-untyped-call]
+
+
+_ARITHMETIC = {"nan": _nan, "nan_grad": _nan_grad, "stuck_grad": _stuck_grad}
 
 
 class FaultyTrainer(Trainer):

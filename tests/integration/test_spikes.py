@@ -50,6 +50,12 @@ def events(workplace: Path, name: str, *kinds: str) -> list[Event]:
     return [e for e in read_events(run_dir(workplace, name).events) if not kinds or e.kind in kinds]
 
 
+def weights(workplace: Path, name: str) -> dict[str, bytes]:
+    """Parameters and moments of the last checkpoint, a file a rank."""
+    newest = max(run_dir(workplace, name).checkpoints.glob("step-*"))
+    return {file.name: file.read_bytes() for file in newest.glob("*.safetensors")}
+
+
 def end(of: dict[int, tuple[float, float]]) -> float:
     return statistics.fmean(of[step][0] for step in range(STEPS - 9, STEPS + 1))
 
@@ -71,6 +77,18 @@ def test_a_run_with_poisoned_batches_rewinds_skips_them_and_ends_like_one_withou
     assert end(poisoned) == pytest.approx(end(clean), rel=0.02)
 
 
+@pytest.fixture(scope="module")
+def cut(workplace: Path) -> Path:
+    """A run that was killed between a verdict on the disk and its rewind, and that nobody has restarted."""
+    run = run_dir(workplace, "cut")
+    write(run.faults, [POISON, Fault(kind="kill_in_rewind")])
+    assert launch(workplace, "cut", *SETTINGS, "cluster.crash_budget=0").returncode == 1
+    (verdict,) = events(workplace, "cut", "spike")
+    assert verdict.data["act"] == "rewind"
+    assert not events(workplace, "cut", "rewound", "restarted")
+    return run.root
+
+
 def test_killed_in_the_middle_of_a_rewind_it_comes_out_the_same(
     workplace: Path, poisoned: dict[int, tuple[float, float]]
 ) -> None:
@@ -79,6 +97,19 @@ def test_killed_in_the_middle_of_a_rewind_it_comes_out_the_same(
     assert events(workplace, "killed", "restarted")
     assert [e.attempt for e in events(workplace, "killed", "rewound")] == [2]
     assert losses(workplace, "killed") == poisoned
+    assert weights(workplace, "killed") == weights(workplace, "poisoned")
+
+
+def test_killed_in_the_middle_of_a_rewind_a_later_launch_does_that_rewind(
+    workplace: Path, poisoned: dict[int, tuple[float, float]], cut: Path
+) -> None:
+    shutil.copytree(cut, run_dir(workplace, "later").root)
+    again = launch(workplace, "later", *SETTINGS)
+    assert again.returncode == 0, again.stdout + again.stderr
+    (verdict,), (back,) = events(workplace, "later", "spike"), events(workplace, "later", "rewound")
+    assert (back.attempt, back.step) == (2, verdict.data["to_step"])
+    assert losses(workplace, "later") == poisoned
+    assert weights(workplace, "later") == weights(workplace, "poisoned")
 
 
 def test_another_number_of_ranks_skips_the_same_batches(workplace: Path, poisoned: object) -> None:
@@ -92,20 +123,31 @@ def test_another_number_of_ranks_skips_the_same_batches(workplace: Path, poisone
     assert batches["two"] == batches["poisoned"]
 
 
-def test_a_nan_of_one_rank_once_is_named_computed_again_and_leaves_no_trace(workplace: Path) -> None:
-    """In the forward pass of one, and in the backward pass of the other, where the reduction spreads it over all ranks."""
+def test_wrong_arithmetic_of_one_rank_once_is_named_computed_again_and_leaves_no_trace(workplace: Path) -> None:
+    """NaN in the forward pass of one, and in the backward pass of the other, where the reduction spreads it over all ranks;
+    then a stuck bit, which leaves the loss as it was and the gradient finite."""
     two = ["cluster.gpus_per_node=2", "layout.dp_shard=2", "steps=60"]
     assert launch(workplace, "two_clean", *SETTINGS, *two).returncode == 0
-    faults = [Fault(kind="nan", rank=1, step=50), Fault(kind="nan_grad", rank=0, step=55)]
+    faults = [
+        Fault(kind="nan", rank=1, step=50),
+        Fault(kind="nan_grad", rank=0, step=55),
+        Fault(kind="stuck_grad", rank=1, step=58),
+    ]
     write(run_dir(workplace, "nan").faults, faults)
     done = launch(workplace, "nan", *SETTINGS, *two)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(workplace, "nan") == losses(workplace, "two_clean")
-    forward, backward = events(workplace, "nan", "recomputed")
+    assert weights(workplace, "nan") == weights(workplace, "two_clean")
+    forward, backward, stuck = events(workplace, "nan", "recomputed")
     assert (forward.step, forward.data["cause"], forward.data["ranks"]) == (50, "hardware", [1])
     assert forward.data["nodes"]
     assert "rank 1" in forward.detail
     assert (backward.step, backward.data["cause"], backward.data["ranks"]) == (55, "hardware", [0])
+    assert (stuck.step, stuck.data["cause"], stuck.data["ranks"]) == (58, "hardware", [1])
+    assert stuck.data["nodes"] == forward.data["nodes"]
+    assert "nan" not in stuck.detail
+    withheld = [e.detail for e in events(workplace, "nan", "withheld")]
+    assert ["not finite" in detail for detail in withheld] == [True, True, False]
 
 
 def test_a_warned_stop_on_a_skipped_step_is_saved_at_the_next(workplace: Path) -> None:
@@ -122,10 +164,9 @@ def test_a_warned_stop_on_a_skipped_step_is_saved_at_the_next(workplace: Path) -
     assert sorted(losses(workplace, "warned")) == list(range(1, 61))
 
 
-def test_a_rewind_whose_checkpoint_is_gone_says_how_to_go_on(workplace: Path, poisoned: object) -> None:
+def test_a_rewind_whose_checkpoint_is_gone_says_how_to_go_on(workplace: Path, cut: Path) -> None:
     run = run_dir(workplace, "gone")
-    write(run.faults, [POISON, Fault(kind="kill_in_rewind")])
-    assert launch(workplace, "gone", *SETTINGS, "cluster.crash_budget=0").returncode == 1
+    shutil.copytree(cut, run.root)
     (verdict,) = events(workplace, "gone", "spike")
     for folder in run.checkpoints.glob("step-*"):
         if int(folder.name.split("-")[1]) <= verdict.data["to_step"]:
