@@ -15,6 +15,7 @@ KINDS = {
     "segv": "SIGSEGV before the step",
     "freeze": "SIGSTOP before the step",
     "term": "SIGTERM before the step",
+    "raise": "raises an exception before the step",
     "usr2": "SIGUSR2 before the step, as Slurm's warning",
     "gil": "holds the interpreter's lock before the step, in C code that never returns",
     "slow": "sleeps `seconds` before each step from there on",

@@ -62,11 +62,15 @@ class FaultyTrainer(Trainer):
     def next_batch(self) -> Tensor:
         for kind, number in _SIGNALS.items():
             if self._strikes(kind, self.step + 1):
+                self.store.finish()  # else a death costs what the save in flight would have kept
                 os.kill(os.getpid(), number)
+        if self._strikes("raise", self.step + 1):
+            raise RuntimeError("[/a/file.cc:1] as PyTorch words it")
         if (gate := self._striking("wait", self.step + 1)) is not None:
             while not (self._marks / f"{gate}.go").exists() and not self.stop_requested():
                 time.sleep(0.01)
         if self._strikes("gil", self.step + 1):
+            self.store.finish()
             ctypes.PyDLL(None).pause()
         self._strikes("slow", self.step + 1)  # marks when it began
         time.sleep(sum(f.seconds for _, f in self._mine if f.kind == "slow" and f.step <= self.step + 1))

@@ -61,7 +61,7 @@ _MAY_CHANGE = (
 
 def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> int:
     """Makes or finds the run directory, prepares the data, submits; on this machine also follows the run to its end."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     asked, spec = spec.layout, forecast.resolved(spec)
     if missing := spec.model.not_built():
         raise UserError("\n".join(missing))
@@ -410,7 +410,7 @@ def _print_summary(console: Console, spec: RunSpec, run_dir: RunDir) -> None:
     sample = _newest(events, "finished")
     if sample and sample.data.get("sample"):
         console.print("\na held-out beginning, and how the model goes on after ⟶")
-        console.print("  " + str(sample.data["sample"]).replace("\n", "\n  "), markup=False)
+        console.print("  " + str(sample.data["sample"]).replace("\n", "\n  "))
     console.print(f"\nrun directory      {_short(run_dir.root)}   (what is what: docs/run_directory.md)")
     console.print(f"  loss curve       {_short(run_dir.loss_curve)}")
     console.print(f"  checkpoints      {_short(run_dir.checkpoints)}")

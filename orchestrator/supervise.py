@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,7 +34,17 @@ from slurm.lead import Incident, Lead
 from slurm.rendezvous import expand_hostlist, job_id_of
 
 Cause = Literal[
-    "timeout", "preempted", "requeued", "node_failure", "crash", "error", "user", "finished", "paused", "person"
+    "timeout",
+    "preempted",
+    "requeued",
+    "node_failure",
+    "crash",
+    "error",
+    "user",
+    "finished",
+    "paused",
+    "person",
+    "unknown",
 ]
 _PREFLIGHT_S = 180.0  # and a second more for every fourth node
 _REJECTIONS = 3  # starts in a row that the preflight may refuse
@@ -43,6 +53,7 @@ _UNTOLD_RESTARTS = 16  # of the job, where not even the events can be read or wr
 _BREATH_S = 8  # between the end of one start and the next
 _LOST_NODE_S = 75  # the same after a lost node: slurmstepd waits for its report, 60 s and 3 more a tree level
 _DOWN_LATE_S = 30  # after SlurmdTimeout, within which slurmctld holds a silent node for down
+_MUTE_S = 3600  # for which slurmctld is asked again while it does not answer: nothing could be requeued without it
 _LATER_S = 60  # the same, after a fault that may pass: a file system that does not answer
 _ENDS = ("finished", "stopped", "failed")
 _SRUN_ENDS_S = 60.0  # after its ranks, a tenth where a node may be gone; then it is ended, and this long later killed
@@ -101,6 +112,8 @@ def decide(
         return Decision("end", "paused", last.detail)
     # Slurm warns up to a minute early.
     near_end = job is not None and job.time_left_s is not None and job.time_left_s <= warn_s + 90
+    if last is not None and last.kind == "stopped" and job is None:
+        return Decision("requeue", "unknown", f"{last.detail}; slurmctld does not answer, so nobody knows why")
     if last is not None and last.kind == "stopped":
         return Decision("requeue", "timeout" if near_end else "preempted", last.detail)
     if exit_code in (128 + signal.SIGUSR2, 128 + signal.SIGUSR1) and near_end:
@@ -328,7 +341,7 @@ class _Supervisor:
         except _Terminated:
             lead.stopping = True
             try:
-                self._settle_early()
+                self._settle_early(process)
             except Exception:
                 traceback.print_exc()  # what is left happens when the ranks have ended
             code = process.wait()
@@ -348,12 +361,14 @@ class _Supervisor:
                 print(f"{utc_now()} supervise: the ranks have ended, and srun has not: it is ended", flush=True)
                 end()
 
-    def _settle_early(self) -> None:
+    def _settle_early(self, process: subprocess.Popen[bytes]) -> None:
         """What is certain when TERM comes: a time limit is a requeue, and a requeue is not to be held two minutes. Ranks that
         ignore TERM are killed after KillWait seconds, this process with them."""
         events = read_events(self.directory.events)
-        decision = ended_by_slurm(queue.details(self.job_id), self.restarts)
-        if decision is None or any(e.kind == "finished" for e in events):
+        if any(e.kind == "finished" for e in events):
+            return
+        decision = ended_by_slurm(self._details(lambda: process.poll() is None), self.restarts)
+        if decision is None:
             return
         print(f"{utc_now()} supervise: TERM: {decision.cause}: {decision.reason}", flush=True)
         if decision.cause == "user" or self.directory.cancelled.exists():
@@ -378,7 +393,8 @@ class _Supervisor:
             named = event.data.get("nodes", [])
             if event.data.get("cause") == "hardware" and len(named) == 1:  # of several, nobody knows which it is
                 self._lemon(str(named[0]), event.detail)
-        job = queue.details(self.job_id)
+        decided = self.directory.cancelled.exists() or (last is not None and last.kind in ("finished", "failed"))
+        job = self._details(lambda: not decided)
         nodes = (job.nodes if job else ()) or expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
         asked = sorted({*nodes, *expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))})
         lost = list(queue.lost_among(asked)) if exit_code else []
@@ -473,6 +489,19 @@ class _Supervisor:
         return 0
 
     # ------------------------------------------------------------------------------------------------------ the means
+
+    def _details(self, matters: Callable[[], bool]) -> queue.JobDetails | None:
+        """What slurmctld says of this job. While it does not answer and that `matters` it is asked again: what it says decides
+        between causes, and a requeue would need it too."""
+        until, told = time.monotonic() + _MUTE_S, False
+        while (job := queue.details(self.job_id)) is None and queue.is_known(self.job_id) is not False:
+            if not matters() or time.monotonic() > until:
+                break
+            if not told:
+                print(f"{utc_now()} supervise: slurmctld does not answer: it is asked again", flush=True)
+            told = True
+            time.sleep(0.5)
+        return job
 
     def _note_term(self, number: int, frame: FrameType | None) -> None:
         """Ends what waits; never interrupts anything else, such as a line being written."""

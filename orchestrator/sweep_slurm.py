@@ -42,7 +42,7 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
     """Queues what is not queued yet and does not run. Raises UserError, Failure or CannotSubmit."""
     if not todo:
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     live = live_points(root)
     if live is None:
         raise CannotSubmit(

@@ -41,7 +41,7 @@ def campaign(names: Sequence[str], seed: int, parallel: int, folder: Path | None
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--directory {folder} holds something already: choose an empty one")
     root = folder or Path(tempfile.mkdtemp(prefix="arriero-chaos-"))
-    console = Console(highlight=False, soft_wrap=True, quiet=as_json)
+    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=as_json)
     started = time.monotonic()
     found = run(planned, root.resolve(), seed, parallel, console)
     passed = all(row.passed is not False for row in found)
@@ -53,7 +53,7 @@ def campaign(names: Sequence[str], seed: int, parallel: int, folder: Path | None
             )
         )
     else:
-        Console(highlight=False, width=max(console.width, 130)).print(table(found))
+        Console(highlight=False, markup=False, width=max(console.width, 130)).print(table(found))
         told(console, found)
         console.print(f"{len(found)} faults in {time.monotonic() - started:.0f} s, seed {seed}")
     if passed and folder is None:

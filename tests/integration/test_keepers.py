@@ -68,9 +68,11 @@ def test_a_slow_rank_is_reported(workplace: Path) -> None:
 
 def test_the_crash_budget_ends_it_with_the_ranks_own_error(workplace: Path) -> None:
     name = "again_and_again"
-    write(run_dir(workplace, name).faults, [Fault(kind="kill", rank=1, step=3)] * 2)
+    write(run_dir(workplace, name).faults, [Fault(kind="raise", rank=1, step=3), Fault(kind="kill", rank=1, step=4)])
     done = launch(workplace, name, *TWO_RANKS, "cluster.crash_budget=1")
     assert done.returncode == 1
-    assert len(events(workplace, name, "restarted")) == 1
+    (restarted,) = events(workplace, name, "restarted")
+    assert "exit code 1: RuntimeError: [/a/file.cc:1]" in restarted.detail
+    assert restarted.detail in done.stdout  # brackets and all
     assert "rank 1" in done.stderr
     assert "signal 9" in done.stderr

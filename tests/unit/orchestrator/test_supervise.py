@@ -1,10 +1,15 @@
 """What becomes of a job whose ranks have ended: the pure policy."""
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
 
 from orchestrator.incidents import crashes_so_far
 from orchestrator.record import Event
-from orchestrator.supervise import _of_this_start, decide, rejections_so_far
+from orchestrator.run_dir import RunDir
+from orchestrator.supervise import _of_this_start, _Supervisor, decide, rejections_so_far
 from slurm.lead import Incident
 from slurm.queue import JobDetails
 
@@ -27,7 +32,7 @@ def job(state: str = "RUNNING", left_s: float | None = 50_000.0) -> JobDetails:
         ("failed", 0, job(), False, 0, ("end", "person")),
         ("stopped", 0, job(left_s=100), False, 0, ("requeue", "timeout")),
         ("stopped", 0, job(), False, 0, ("requeue", "preempted")),
-        ("stopped", 0, None, False, 0, ("requeue", "preempted")),
+        ("stopped", 0, None, False, 0, ("requeue", "unknown")),
         ("stopped", 0, job("PENDING"), False, 0, ("release", "requeued")),
         (None, 137, job("PENDING"), False, 9, ("release", "requeued")),
         (None, 137, job("TIMEOUT"), False, 9, ("requeue", "timeout")),
@@ -101,6 +106,27 @@ def details(state: str, **more: object) -> JobDetails:
 def test_what_completing_means(said: JobDetails, expected: tuple[str, str]) -> None:
     decision = decide(None, 137, said, False, 9, 3, 180.0)
     assert (decision.act, decision.cause) == expected
+
+
+def test_while_slurmctld_is_mute_it_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a requeue in which the ranks have saved would be told as a preemption."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/sh\necho >> {tmp_path}/asked\n"
+        f'[ $(wc -l < {tmp_path}/asked) -gt 3 ] && echo "JobId=7 JobState=COMPLETING Restarts=1" && exit 0\n'
+        'echo "Unable to contact slurm controller" >&2; exit 1\n'
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        supervisor = _Supervisor(RunDir(tmp_path), [])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert supervisor._details(lambda: False) is None  # the run is finished: it does not matter
+    decision = decide(event("stopped"), 0, supervisor._details(lambda: True), False, 0, 3, 180.0)
+    assert (decision.act, decision.cause) == ("release", "requeued")
 
 
 def test_a_start_that_dies_early_does_not_take_the_last_word_of_the_one_before() -> None:
