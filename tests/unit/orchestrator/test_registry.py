@@ -11,12 +11,12 @@ from orchestrator.logs import log_errors
 from orchestrator.registry import RunRow
 
 ROW = RunRow(
-    name="a", run_dir="runs/a", state="running", why="step 7", job_id="12", step=7, steps=3000, loss_nats=2.5, tokens_per_s=1234.5,
-    attempts=2, lineage=["crash", "timeout", "crash"],
+    name="a", run_dir="runs/a", state="running", why="step 7", job_id="12", step=7, steps=3000, loss_nats=2.5,
+    tokens_per_s=1234.5, attempts=2, lineage=["crash", "timeout", "crash"],
 )  # fmt: skip
 NEW = RunRow(
-    name="long_name", run_dir="runs/b", state="new", why="", job_id=None, step=None, steps=None, loss_nats=None, tokens_per_s=None,
-    attempts=0, lineage=[],
+    name="long_name", run_dir="runs/b", state="new", why="", job_id=None, step=None, steps=None, loss_nats=None,
+    tokens_per_s=None, attempts=0, lineage=[],
 )  # fmt: skip
 
 
