@@ -81,14 +81,18 @@ def _journal(run: RunDir) -> tuple[str | None, str]:
         return None, ""
 
 
+def steps_of(run: RunDir) -> int | None:
+    """As the spec plans them, without parsing all of it: a table has many runs."""
+    found = _STEPS.search(run.spec.read_text(encoding="utf-8"))
+    return int(found[1]) if found else None
+
+
 def _row(
     run: RunDir,
     job_id: str | None,
     live: dict[str, queue.JobState] | None,
     ended: dict[str, queue.JobState] | None,
 ) -> RunRow:
-    spec = run.spec.read_text()
-    steps = _STEPS.search(spec)
     attempts = sorted(run.events.glob("attempt-*.jsonl"))
     last = _last_event(attempts[-1]) if attempts else None
     supervised = [e for e in read_events(run.events, "supervise.jsonl")]
@@ -102,7 +106,7 @@ def _row(
         why=why,
         job_id=job_id,
         step=record.step if record else None,
-        steps=int(steps[1]) if steps else None,
+        steps=steps_of(run),
         loss_nats=record.loss if record else None,
         tokens_per_s=record.tokens_per_s if record else None,
         attempts=len(attempts),

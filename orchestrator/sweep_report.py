@@ -18,6 +18,7 @@ from orchestrator.energy.report import account
 from orchestrator.errors import UserError
 from orchestrator.launch import last_record
 from orchestrator.record import Event, read_events
+from orchestrator.registry import steps_of
 from orchestrator.run_dir import RunDir
 from orchestrator.sweep import Journal, Point
 from orchestrator.sweep_slurm import live_points
@@ -63,7 +64,7 @@ def _status(root: Path, point: Point, live: dict[str, str]) -> dict[str, Any]:
     run_dir = RunDir(root / point.directory)
     events = read_events(run_dir.events)
     newest = last_record(run_dir)
-    steps = specs.load(run_dir.spec).steps if run_dir.spec.exists() else None
+    steps = steps_of(run_dir) if run_dir.spec.exists() else None
     state, detail = _state(run_dir, events, live.get(point.directory))
     return {
         "point": point.directory,

@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.faults import Fault, write
 from orchestrator.record import Event, kept_steps, read_all_steps, read_events
+from orchestrator.run_dir import RunDir
 from tests.integration.words_run import launch, losses, make_workplace, run_dir
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,12 @@ def cut(workplace: Path) -> Path:
     return run.root
 
 
+def copied(run: Path, to: RunDir) -> RunDir:
+    shutil.copytree(run, to.root)
+    to.spec.write_text(to.spec.read_text().replace(f"name: {run.name}\n", f"name: {to.root.name}\n"))
+    return to
+
+
 def test_killed_in_the_middle_of_a_rewind_it_comes_out_the_same(
     workplace: Path, poisoned: dict[int, tuple[float, float]]
 ) -> None:
@@ -103,7 +110,7 @@ def test_killed_in_the_middle_of_a_rewind_it_comes_out_the_same(
 def test_killed_in_the_middle_of_a_rewind_a_later_launch_does_that_rewind(
     workplace: Path, poisoned: dict[int, tuple[float, float]], cut: Path
 ) -> None:
-    shutil.copytree(cut, run_dir(workplace, "later").root)
+    copied(cut, run_dir(workplace, "later"))
     again = launch(workplace, "later", *SETTINGS)
     assert again.returncode == 0, again.stdout + again.stderr
     (verdict,), (back,) = events(workplace, "later", "spike"), events(workplace, "later", "rewound")
@@ -165,8 +172,7 @@ def test_a_warned_stop_on_a_skipped_step_is_saved_at_the_next(workplace: Path) -
 
 
 def test_a_rewind_whose_checkpoint_is_gone_says_how_to_go_on(workplace: Path, cut: Path) -> None:
-    run = run_dir(workplace, "gone")
-    shutil.copytree(cut, run.root)
+    run = copied(cut, run_dir(workplace, "gone"))
     (verdict,) = events(workplace, "gone", "spike")
     for folder in run.checkpoints.glob("step-*"):
         if int(folder.name.split("-")[1]) <= verdict.data["to_step"]:
