@@ -3,8 +3,10 @@
 import math
 import resource
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from model.checkpoint.policy import CheckpointConfig, should_save
+from model.checkpoint.policy import CheckpointConfig, SaveSchedule
 from model.checkpoint.store import CheckpointError, CheckpointStore
 from model.config import ModelConfig, OptimConfig
 from model.cost import GpuConfig, flops_per_token
@@ -84,6 +86,8 @@ class TrainConfig:
     layout: Layout
     optim: OptimConfig
     checkpoint: CheckpointConfig
+    vet_steps: int  # clean steps after which a checkpoint is a place to rewind to
+    mttf_s: float  # of the whole job: the mean time to a failure
     gpu: GpuConfig
 
 
@@ -110,6 +114,8 @@ class Trainer:
         )
         self.optimizer = make_optimizer(self.model, config.optim)
         self.own_time = OwnTime(self.model, ranks.device)
+        self.schedule = SaveSchedule(config.checkpoint, config.vet_steps, config.mttf_s)
+        self._steps_s: deque[float] = deque(maxlen=50)
         self.step = 0  # optimizer steps done
         self.share: Share = ()  # of the step computed last
         pipeline = self.model if isinstance(self.model, Pipeline) else None
@@ -139,7 +145,8 @@ class Trainer:
                     act, max_norm = "apply", min(max_norm, self.watch.usual_grad_norm or math.inf)
             if act == "apply" or act == "leave_out":
                 self.update(grad_norm, max_norm, act == "apply")
-                self.record(loss, grad_norm, time.perf_counter() - started, data_s)
+                self._steps_s.append(time.perf_counter() - started)
+                self.record(loss, grad_norm, self._steps_s[-1], data_s)
                 self.pulse.stepped(data_s + self.own_time.seconds())
             if act == "apply":
                 act = self.watch.judged(self.step, loss, grad_norm.item())
@@ -155,7 +162,7 @@ class Trainer:
                 continue
             if self.step % self.config.eval_every_steps == 0 or self.step == self.config.steps:
                 self.evaluate()
-            due = should_save(self.step, self.config.checkpoint, self.config.steps)
+            due = self.step >= min(self.schedule.next_step, self.config.steps)
             if due or stopping or save_again:
                 self.save(wait=stopping or self.step == self.config.steps)
             self.vet()
@@ -283,13 +290,44 @@ class Trainer:
 
     def save(self, wait: bool) -> None:
         self.pulse("save", self.step)
+        started = time.perf_counter()
         extra = {"step": self.step, "spikes": self.watch.state()}
-        self.store.save(self.step, training_state(self.model, self.optimizer), extra, wait=wait)
+        if self.schedule.is_auto:
+            extra["auto_every_steps"] = self.schedule.every_steps
+        if self.store.save(self.step, training_state(self.model, self.optimizer), extra, wait=wait):
+            self.schedule.began(self.step, None if wait else time.perf_counter() - started)
+        if self.schedule.is_auto and not wait:
+            self.tune_interval()
+        self.schedule.went_by(self.step)
+
+    def tune_interval(self) -> None:
+        """The interval between saves after what steps and saves have taken, on the slowest rank: the same on every rank."""
+        stall_s = self.schedule.stall_s
+        if stall_s is None or not self._steps_s:
+            return
+        took = torch.tensor(
+            [median(self._steps_s), stall_s, self.store.write_s], dtype=torch.float32, device=self.ranks.device
+        )
+        if self.ranks.mesh is not None:
+            dist.all_reduce(took, op=dist.ReduceOp.MAX)
+        step_s, stall_s, write_s = took.tolist()
+        before = self.schedule.every_steps
+        if changed := self.schedule.tune(step_s, stall_s, write_s):
+            self.recorder.event(
+                "save_interval",
+                self.step,
+                f"saves every {changed.steps} steps from now, before every {before}: {changed.why}",
+                every_steps=changed.steps,
+                step_s=step_s,
+                stall_s=stall_s,
+                write_s=write_s,
+                mttf_s=self.config.mttf_s if math.isfinite(self.config.mttf_s) else None,
+            )
 
     def vet(self) -> None:
         """Marks the checkpoint that has proved healthy by now, so that retention keeps it as a place to rewind to."""
         step = self.watch.vetted_step(self.step)
-        if step is not None and should_save(step, self.config.checkpoint, self.config.steps):
+        if step is not None and step in self.schedule.saved_steps:
             self.store.vet(step)
 
     def resume(self) -> None:
@@ -305,6 +343,7 @@ class Trainer:
             self.step = loaded.step
             self.watch.restore(loaded.extra.get("spikes"))
             self.recorder.event("resumed", self.step, f"resumed from the checkpoint of step {self.step}")
+            self.schedule.stand_at(self.step, self.store.history_steps(), loaded.extra.get("auto_every_steps"))
         self.take_skips()
 
     def rewind(self) -> None:
@@ -320,6 +359,7 @@ class Trainer:
         self.step = loaded.step
         self.watch.restore(loaded.extra.get("spikes"))
         self.watch.rewound(self.step)
+        self.schedule.stand_at(self.step, self.store.history_steps(), loaded.extra.get("auto_every_steps"))
         self.take_skips()
 
     def take_skips(self) -> None:

@@ -41,7 +41,7 @@ _STRIPE = 0.25  # seconds between two looks at a run that is followed
 
 _SHOWN = set(
     "evaluated resumed withheld recomputed spike rewound recovered budget faults save_failed passed_over stopped"  # noqa: SIM905
-    " hung restarted straggler".split()
+    " hung restarted straggler save_interval".split()
 )
 
 # What may change between two starts of one run: where and how it runs, not what it computes.

@@ -29,6 +29,7 @@ from orchestrator.carbon_report import budget
 from orchestrator.energy.carbon import BudgetVerdict
 from orchestrator.energy.sampler import sampling
 from orchestrator.mirror import mirroring
+from orchestrator.plan.forecast import mttf_s
 from orchestrator.record import Event, JsonlWriter, StepRecord, read_events, say, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.shrink import shrunk
@@ -178,6 +179,8 @@ def _train(
         layout=spec.layout,
         optim=spec.optim,
         checkpoint=spec.checkpoint,
+        vet_steps=spec.spikes.vet_steps,
+        mttf_s=mttf_s(spec),
         gpu=spec.gpu,
     )
     kind = str(dtype).removeprefix("torch.")

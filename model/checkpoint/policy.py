@@ -1,14 +1,26 @@
 """When to save a checkpoint, which ones belong to this run's history, and which to keep. Pure: functions of plain data."""
 
+import math
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+AUTO = "auto"
+FIRST_SAVE_STEPS = 10  # of every_steps=auto: soon it is known what a save costs, and that the store takes it
+WRITE_MARGIN = 1.2  # between two saves, of the time that one takes to be written
+SETTLED = 1.25  # an interval so many times longer or shorter than the best stays: it costs less than 3% more
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
     name: str
-    every_steps: int = 1000
+    # A number (Any: OmegaConf merges no unions), or auto: from measured steps and saves, and the plan's rate of failures.
+    every_steps: Any = 1000
+    auto_min_s: float = 60.0  # of every_steps=auto: what a shorter interval would save is less than a restart takes
+    auto_max_s: float = 3600.0
     keep_last: int = 3
     keep_every_steps: int = 0  # 0: none kept for good
     keep_vetted: int = 2  # the newest so many of those that the spike policy (or a person) found healthy
@@ -21,8 +33,13 @@ class CheckpointConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if self.every_steps < 1:
-            found.append(f"checkpoint.every_steps={self.every_steps} must be at least 1")
+        if self.every_steps != AUTO and (type(self.every_steps) is not int or self.every_steps < 1):
+            found.append(f"checkpoint.every_steps={self.every_steps} must be a whole number of at least 1, or {AUTO}")
+        if not 0 <= self.auto_min_s <= self.auto_max_s:
+            found.append(
+                f"checkpoint.auto_min_s={self.auto_min_s:g} must be 0 or more and at most "
+                f"checkpoint.auto_max_s={self.auto_max_s:g}"
+            )
         if self.keep_last < 1:
             found.append(
                 f"checkpoint.keep_last={self.keep_last} must be at least 1: a run resumes from its newest checkpoint"
@@ -80,9 +97,90 @@ def parse(name: str, files: Iterable[str]) -> CheckpointInfo | None:
     )
 
 
-def should_save(step: int, config: CheckpointConfig, last_step: int) -> bool:
-    """Whether the step just done is followed by a save: every `every_steps`, and after the last one."""
-    return step > 0 and (step % config.every_steps == 0 or step == last_step)
+def young_interval_s(stall_s: float, mttf_s: float) -> float:
+    """Of work between saves, what loses least: sqrt(2 w M) (Young, CACM 17(9), 1974; Daly's first order). `stall_s`: for
+    so long training waits for one save; `mttf_s`: the job's mean time to failure."""
+    return math.sqrt(2 * stall_s * mttf_s) if stall_s else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Between two saves."""
+
+    steps: int
+    least_steps: int  # below which a write would meet the next save, or no checkpoint would live until it is vetted
+    why: str
+
+
+def best_interval(
+    config: CheckpointConfig, vet_steps: int, *, step_s: float, stall_s: float, write_s: float, mttf_s: float
+) -> Interval:
+    """The interval of `checkpoint.every_steps=auto`: Young's, within auto_min_s and auto_max_s, and never below what a
+    background write of `write_s` needs, nor so short that retention removes a checkpoint before it is `vet_steps` old.
+    `arriero plan`, `arriero simulate` and the trainer all ask here.
+    """
+    young_s = young_interval_s(stall_s, mttf_s)
+    wanted_s = min(max(young_s, config.auto_min_s), config.auto_max_s)
+    costs = f"a save stalls {stall_s:.3g} s, a step takes {step_s:.3g} s, "
+    costs += f"a failure comes every {mttf_s / 3600:,.3g} h" if mttf_s < math.inf else "failures never come"
+    if young_s != wanted_s:
+        costs += f" (checkpoint.{'auto_min_s' if young_s < wanted_s else 'auto_max_s'}={wanted_s:g})"
+    bounds = [
+        (max(1, round(wanted_s / step_s)), costs),
+        (math.ceil(WRITE_MARGIN * write_s / step_s), f"a save takes {write_s:.3g} s to be written"),
+        (math.ceil(vet_steps / max(1, config.keep_last - 1)), f"a rewind needs a checkpoint {vet_steps} steps old"),
+    ]
+    steps, why_this = max(bounds, key=lambda b: b[0])
+    return Interval(steps=steps, least_steps=max(1, bounds[1][0], bounds[2][0]), why=why_this)
+
+
+class SaveSchedule:
+    """At which steps a run saves: the multiples of `every_steps`, or with `auto` so many steps after the last save.
+
+    Every rank has one and tells it the same figures, so that all agree.
+    """
+
+    def __init__(self, config: CheckpointConfig, vet_steps: int, mttf_s: float) -> None:
+        self.config, self.vet_steps, self.mttf_s = config, vet_steps, mttf_s
+        self.is_auto = config.every_steps == AUTO
+        self.every_steps: int = FIRST_SAVE_STEPS if self.is_auto else config.every_steps
+        self.next_step = self.every_steps
+        self.saved_steps: set[int] = set()  # of checkpoints that may still be vetted
+        self._stalls_s: deque[float] = deque(maxlen=5)
+
+    def stand_at(self, step: int, history: Iterable[int], every_steps: int | None = None) -> None:
+        """A start, or a rewind: the run goes on from `step`, with these checkpoints; `every_steps`: as it was tuned before."""
+        if self.is_auto and every_steps:
+            self.every_steps = every_steps
+        self.saved_steps = {s for s in history if s <= step}
+        self.went_by(step)
+
+    def went_by(self, step: int) -> None:
+        """A save of this step was due, or came between (a stop, a retry)."""
+        on = step if self.is_auto else step - step % self.every_steps
+        self.next_step = on + self.every_steps
+
+    def began(self, step: int, stall_s: float | None) -> None:
+        """A save of this step is on its way. None: training waited for all of it, as at an end."""
+        self.saved_steps = {s for s in self.saved_steps if s >= step - self.vet_steps} | {step}
+        if stall_s is not None:
+            self._stalls_s.append(stall_s)
+
+    @property
+    def stall_s(self) -> float | None:
+        """Of the last few saves, the median."""
+        return median(self._stalls_s) if self._stalls_s else None
+
+    def tune(self, step_s: float, stall_s: float, write_s: float) -> Interval | None:
+        """The interval from now on, where it is to change by enough to matter."""
+        best = best_interval(
+            self.config, self.vet_steps, step_s=step_s, stall_s=stall_s, write_s=write_s, mttf_s=self.mttf_s
+        )
+        near = best.steps / SETTLED <= self.every_steps <= best.steps * SETTLED
+        if near and self.every_steps >= best.least_steps:
+            return None
+        self.every_steps = best.steps
+        return best
 
 
 def history(checkpoints: Iterable[CheckpointInfo], resumed: Mapping[int, int | None]) -> list[CheckpointInfo]:

@@ -101,6 +101,7 @@ class CheckpointStore:
         self._group = self._new_group()  # for the caller's thread
         self._write_group = self._new_group()  # for the writing thread
         self._group_broken = False
+        self._writes_s: collections.deque[float] = collections.deque(maxlen=3)  # of the last saves committed
         self._failed_at: float | None = None  # monotonic; the last save failed
         self._fenced: str | None = None
         self._lease: Lease | None = None
@@ -241,12 +242,12 @@ class CheckpointStore:
 
     def save(
         self, step: int, state: dict[str, Any], extra: dict[str, Any], *, vetted: bool = False, wait: bool = False
-    ) -> None:
+    ) -> bool:
         """Copies `state` and writes it in the background (`wait`, or checkpoint.asynchronous=false: before returning).
 
         `extra` is JSON, the same on all ranks (rank 0's is written). While an earlier save is still being written this
-        one is skipped (with `wait`, the earlier is awaited). A failed save is an event and `retry_due`, no exception.
-        Raises Fenced once a newer writer has taken over.
+        one is skipped (with `wait`, the earlier is awaited): False, on all ranks. A failed save is an event and `retry_due`, no
+        exception. Raises Fenced once a newer writer has taken over.
         """
         assert not self.read_only, "this store only reads"
         started = time.perf_counter()
@@ -260,7 +261,7 @@ class CheckpointStore:
             seconds = f", for {time.perf_counter() - job.started:.1f} s" if job else " on another rank"
             before = f"step {job.info.step}" if job else "the save before"
             self._event("save_skipped", step, f"step {step} not saved: {before} is still being written{seconds}")
-            return
+            return False
         self._failed_at = None
         values = {i.index.fqn: planner.lookup_object(i.index) for i in self._value_items}
         self._stage(planner)
@@ -271,6 +272,13 @@ class CheckpointStore:
         self._jobs.put(job)
         if wait or not self.config.asynchronous:
             self.finish()
+        return True
+
+    @property
+    def write_s(self) -> float:
+        """From its copy to its marker, the longest of the last three saves; the one in flight counts with its time so far."""
+        job = self._writing
+        return max([*self._writes_s, time.perf_counter() - job.started if job else 0.0])
 
     def finish(self) -> None:
         """Waits for a save in flight, at most checkpoint.write_timeout_s. Raises Fenced if a newer writer exists."""
@@ -287,9 +295,12 @@ class CheckpointStore:
     def vet(self, step: int) -> bool:
         """Marks the newest checkpoint of this step as healthy, so that retention keeps it. Rank 0 acts, alone.
 
-        False if there is none (any more)."""
+        One that is still being written is marked with it. False if there is none (any more)."""
         if self.rank:
             return False
+        if (job := self._writing) and job.info.step == step:
+            job.vetted = True
+            return True
         for info in policy.history(self.steps(), read_epochs(self.storage)):
             if info.step == step:
                 self.storage.put(f"{info.name}/{VETTED}", b"")
@@ -446,6 +457,7 @@ class CheckpointStore:
         self._failed_at = time.monotonic() if outcome["kind"] == "save_failed" else None
         if outcome["kind"] == "saved":
             self.saved_step = job.info.step
+            self._writes_s.append(time.perf_counter() - job.started)
         if outcome["kind"] == "fenced":
             self._fence(outcome["detail"])
         else:
@@ -530,6 +542,8 @@ class CheckpointStore:
     def _tidy(self, job: _Job) -> None:
         assert job.lease is not None
         job.lease.check()  # a zombie removes nothing
+        if job.vetted:  # perhaps only since the marker is on its way
+            self.storage.put(f"{job.info.name}/{VETTED}", b"")
         for info in policy.removable(self.steps(), self.config, read_epochs(self.storage), job.info.epoch):
             self._remove(info)
             self._event("removed", info.step, f"{info.name} removed" + ("" if info.committed else " (never committed)"))

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from dashboards.carbon import Range
+from model.checkpoint.policy import AUTO, Interval, best_interval
 from model.cost import parameter_count
 from model.layout import Layout
 from orchestrator.energy import carbon
@@ -26,8 +27,8 @@ class Plan:
     figures: dict[str, Range]
     restarts: Range
     save_s: float  # training waits for so long at each save
-    best_interval_s: float  # between saves: Young's
-    best_every_steps: int
+    every_steps: int  # between saves
+    best_interval: Interval  # what checkpoint.every_steps=auto comes to
     carbon_source: str | None
     start: str | None  # the greenest, in words
 
@@ -40,8 +41,10 @@ class Plan:
             "restarts": asdict(self.restarts),
             "checkpoint": {
                 "save_s": self.save_s,
-                "best_interval_s": self.best_interval_s,
-                "best_every_steps": self.best_every_steps,
+                "every_steps": self.every_steps,
+                "best_interval_s": self.best_interval.steps * self.step.step_s,
+                "best_every_steps": self.best_interval.steps,
+                "best_why": self.best_interval.why,
             },
             "carbon_source": self.carbon_source,
             "start": self.start,
@@ -53,11 +56,6 @@ def ettr(failures_per_s: float, restart_s: float, interval_s: float, save_s: flo
     return max(0.0, 1 - failures_per_s * (restart_s + interval_s / 2)) / (1 + save_s / interval_s)
 
 
-def young_interval_s(save_s: float, failures_per_s: float) -> float:
-    """Between saves, what loses least: sqrt(2 w M)."""
-    return math.sqrt(2 * save_s / failures_per_s) if failures_per_s else math.inf
-
-
 def save_s(spec: RunSpec) -> float:
     """Parameters and both moments, fp32, each rank its share, into the host's memory."""
     return 12 * parameter_count(spec.model) / spec.cluster.gpus / (spec.plan.save_gb_per_s * 1e9)
@@ -66,6 +64,30 @@ def save_s(spec: RunSpec) -> float:
 def failures_per_s(spec: RunSpec) -> list[float]:
     nodes = spec.cluster.gpus / 8
     return [rate * nodes / 1000 / 86400 for rate in spec.plan.failures_per_1000_node_days]
+
+
+def mttf_s(spec: RunSpec, rate: int = 1) -> float:
+    """Of the whole job, at the low, central or high rate of failures (0, 1, 2); infinite where none is expected."""
+    per_s = failures_per_s(spec)[rate]
+    return 1 / per_s if per_s else math.inf
+
+
+def best_save_interval(spec: RunSpec, step_s: float, rate: int = 1) -> Interval:
+    """What checkpoint.every_steps=auto will come to, if steps and saves take what is forecast. How long a write takes in the
+    background, nobody knows before the first."""
+    return best_interval(
+        spec.checkpoint,
+        spec.spikes.vet_steps,
+        step_s=step_s,
+        stall_s=save_s(spec),
+        write_s=0.0,
+        mttf_s=mttf_s(spec, rate),
+    )
+
+
+def saves_every_steps(spec: RunSpec, step_s: float) -> int:
+    every = spec.checkpoint.every_steps
+    return best_save_interval(spec, step_s).steps if every == AUTO else int(every)
 
 
 def is_calibrated(spec: RunSpec) -> bool:
@@ -101,12 +123,13 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
     used = memory(spec.model, layout, spec.plan, spec.optim.batch_sequences)
     step_s = Range((1 - SPEED_MARGIN) * step.step_s, step.step_s, (1 + SPEED_MARGIN) * step.step_s)
     rates, pause = failures_per_s(spec), save_s(spec)
-    every_s = spec.checkpoint.every_steps * step.step_s
+    every_steps = saves_every_steps(spec, step.step_s)
+    every_s = every_steps * step.step_s
     ratios = [ettr(r, u, every_s, pause) for r, u in zip(rates, spec.plan.restart_s, strict=True)]
     if min(ratios) <= 0:
         raise UserError(
             f"a save every {every_s / 3600:.1f} h is too seldom for this rate of failures: set "
-            f"checkpoint.every_steps={max(1, round(young_interval_s(pause, rates[2]) / step.step_s))}"
+            f"checkpoint.every_steps={best_save_interval(spec, step.step_s, rate=2).steps}, or auto"
         )
     ratio = Range(ratios[2], ratios[1], ratios[0])
     train_h = step_s * (spec.steps / 3600)
@@ -146,11 +169,10 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
     if spec.gpu.usd_per_hour:
         usd = spec.gpu.usd_per_hour
         figures["cost_usd"] = Range(gpu_hours.low * usd[0], gpu_hours.central * usd[1], gpu_hours.high * usd[2])
-    interval = min(young_interval_s(pause, rates[1]), spec.steps * step.step_s)
     return Plan(
         layout=layout, memory=used, step=step, figures=figures,
         restarts=Range(*(r * 3600 * h for r, h in zip(rates, (hours.low, hours.central, hours.high), strict=True))),
-        save_s=pause, best_interval_s=interval, best_every_steps=max(1, round(interval / step.step_s)),
+        save_s=pause, every_steps=every_steps, best_interval=best_save_interval(spec, step.step_s),
         carbon_source=source, start=start,
     )  # fmt: skip
 
@@ -220,8 +242,8 @@ def table(found: Plan) -> str:
     ]
     shown = {**found.figures, "restarts": found.restarts}
     lines += [f"{k:22}{_n(v.low):>16}{_n(v.central):>16}{_n(v.high):>16}" for k, v in shown.items()]
-    lines += ["", f"a save holds training for {found.save_s:.2f} s; best saved every {found.best_every_steps:,} steps "
-              f"(checkpoint.every_steps; {found.best_interval_s:,.0f} s)"]  # fmt: skip
+    lines += ["", f"saves    every {found.every_steps:,} steps ({found.every_steps * step.step_s:,.0f} s); best every "
+              f"{found.best_interval.steps:,} (checkpoint.every_steps=auto): {found.best_interval.why}"]  # fmt: skip
     lines.append(f"carbon   {found.carbon_source or 'no intensity: give carbon.zone, carbon.series or another'}")
     if found.start:
         lines.append(found.start)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dashboards.curve import lines_svg
+from model.checkpoint.policy import CheckpointConfig, Interval, young_interval_s
 from orchestrator.errors import UserError
 from orchestrator.plan import forecast
 from orchestrator.spec import RunSpec
@@ -18,6 +19,7 @@ from orchestrator.spec import RunSpec
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 PERCENTILES = (5, 50, 95)
 SPARES = (0, 1, 2, 4, 8, 16)
+AS_GOOD = 0.002  # of ETTR: two intervals that differ by less are equal
 MAX_OUTAGES = 20_000  # after so many a run counts as one that never ends
 
 
@@ -162,7 +164,7 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
     step_s = forecast.planned_step(spec).step_s
     life = Life(
         work_s=spec.steps * step_s,
-        interval_s=spec.checkpoint.every_steps * step_s,
+        interval_s=forecast.saves_every_steps(spec, step_s) * step_s,
         save_s=forecast.save_s(spec),
         failures_per_s=rate,
         restart_s=restart_s,
@@ -179,10 +181,11 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
             f"a run that saves every {life.interval_s:,.0f} s and fails every {1 / rate:,.0f} s never ends: "
             f"save more often (checkpoint.every_steps)"
         )
-    young = min(forecast.young_interval_s(life.save_s, rate), life.work_s)
-    tried = interval_grid(young, step_s, life.work_s)
+    young = min(young_interval_s(life.save_s, forecast.mttf_s(spec)), life.work_s)
+    planned = forecast.best_save_interval(spec, step_s)
+    tried = sorted({*interval_grid(young, step_s, life.work_s), min(planned.steps, spec.steps) * step_s})
     bands = [np.percentile(ettr(replace(life, interval_s=i), seeds), PERCENTILES) for i in tried]
-    best = tried[int(np.argmax([band[1] for band in bands]))]
+    best = best_of(tried, [float(band[1]) for band in bands], planned, step_s, spec.checkpoint)
     ratios = life.work_s / taken_s
     return Simulation(
         seeds=seeds,
@@ -198,6 +201,19 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
         young_interval_s=young,
         spares={n: _median(replace(life, spare_nodes=n), seeds) for n in sorted({*SPARES, life.spare_nodes})},
     )
+
+
+def best_of(
+    tried: Sequence[float], ratios: Sequence[float], planned: Interval, step_s: float, config: CheckpointConfig
+) -> float:
+    """The interval, in seconds, with the highest of `ratios` among those that every_steps=auto may choose; the planned one where
+    it is as good but for what other seeds would change, so that the plan, the trainer and this name the same."""
+    low_s = max(planned.least_steps * step_s, config.auto_min_s) - step_s / 2
+    high_s = max(config.auto_max_s, low_s) + step_s / 2
+    of_plan = min(tried, key=lambda i: abs(i - planned.steps * step_s))
+    allowed = {i: r for r, i in zip(ratios, tried, strict=True) if low_s <= i <= high_s or i == of_plan}
+    most = max(allowed, key=lambda i: allowed[i])
+    return of_plan if allowed[of_plan] >= allowed[most] - AS_GOOD else most
 
 
 def interval_grid(young_s: float, step_s: float, work_s: float) -> Sequence[float]:

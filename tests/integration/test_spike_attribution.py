@@ -5,43 +5,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from checkpoint_faults import run_ranks
+from rank_trainer import make_trainer
 
-from model.checkpoint.policy import CheckpointConfig
-from model.config import ModelConfig, OptimConfig
 from model.layout import Layout
-from model.parallel import place_ranks
-from model.train import TrainConfig
 from orchestrator.faults import Fault, write
 from orchestrator.faulty_trainer import FaultyTrainer
-from orchestrator.spikes.config import SpikesConfig
-from orchestrator.spikes.watch import SpikeWatch
-from slurm.pulse import Pulse
 
 pytestmark = pytest.mark.slow
 
-MODEL = ModelConfig(name="t", dim=32, n_layers=4, n_heads=4, ffn_dim=64, vocab_size=96, sequence_length=32)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp x cp": {"dp_shard": 2, "cp": 2},
     "tp x pp": {"tp": 2, "pp": 2, "recompute": "selective"},
     "zero_bubble": {"pp": 2, "pipeline_schedule": "zero_bubble"},
 }
-
-
-class Rows:
-    """A loader of random rows."""
-
-    skips: tuple[Any, ...] = ()
-
-    def batch(self, step: int, rank: int, ranks: int) -> Any:
-        rows = np.random.default_rng(step).integers(0, MODEL.vocab_size, (8, MODEL.sequence_length + 1))
-        return np.split(rows, ranks)[rank]
-
-    def data_batch(self, step: int) -> int:
-        return step
 
 
 def train(rank: int, layout: Layout, steps: int, faults: str) -> tuple[list[float], list[dict[str, Any]]]:
@@ -53,40 +31,11 @@ def train(rank: int, layout: Layout, steps: int, faults: str) -> tuple[list[floa
         if kind == "recomputed":
             found.append({"step": step, "detail": detail, **data})
 
-    recorder = SimpleNamespace(event=event, step=lambda **fields: losses.append(fields["loss"]))
     store: Any = SimpleNamespace(
-        history_steps=list, load_latest=lambda state: None, save=lambda *_, **__: None, finish=lambda: None
+        history_steps=list, load_latest=lambda state: None, save=lambda *_, **__: False, finish=lambda: None
     )
     store.retry_due = False
-    rows: Any = Rows()
-    gpu: Any = SimpleNamespace(peak_bf16_tflops=1.0)
-    config = TrainConfig(
-        seed=1,
-        steps=steps,
-        eval_every_steps=10**6,
-        eval_rows_per_source=1,
-        compute_dtype=torch.float32,
-        compiled=False,
-        model=MODEL,
-        layout=layout,
-        optim=OptimConfig(name="t", lr=1e-3, warmup_steps=1, batch_sequences=8),
-        checkpoint=CheckpointConfig(name="t"),
-        gpu=gpu,
-    )
-    watch = SpikeWatch(SpikesConfig(name="t"), [], list, rows.data_batch, event)
-    trainer = FaultyTrainer(
-        config,
-        place_ranks(layout, torch.device("cpu")),
-        rows,
-        store,
-        recorder,
-        lambda: False,
-        watch,
-        f"node{rank}",
-        Pulse(),
-        faults=Path(faults),
-    )
-    trainer.evaluate = lambda: None  # type: ignore[method-assign]
+    trainer = make_trainer(rank, layout, steps, store, event, losses, kind=FaultyTrainer, faults=Path(faults))
     trainer.run()
     return losses, found
 

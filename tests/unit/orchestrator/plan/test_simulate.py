@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.checkpoint.policy import CheckpointConfig, Interval, young_interval_s
 from orchestrator import spec as specs
 from orchestrator.errors import UserError
 from orchestrator.page_data import _forecast
 from orchestrator.plan import forecast
-from orchestrator.plan.simulate import Life, ettr, interval_grid, simulate, wall_s
+from orchestrator.plan.simulate import Life, best_of, ettr, interval_grid, simulate, wall_s
 from orchestrator.run_dir import RunDir
 
 DAY = 86400.0
@@ -35,7 +36,7 @@ def test_the_mean_agrees_with_the_closed_formula_where_failures_are_rare(
 
 def test_youngs_interval_is_as_good_as_the_best() -> None:
     life = replace(PLAIN, failures_per_s=4 / DAY, save_s=30)
-    young = forecast.young_interval_s(life.save_s, life.failures_per_s)
+    young = young_interval_s(life.save_s, 1 / life.failures_per_s)
     tried = {i: float(np.mean(ettr(replace(life, interval_s=i), 1000))) for i in interval_grid(young, 1.0, life.work_s)}
     best = max(tried, key=lambda i: tried[i])
     assert young / 2 <= best <= young * 2
@@ -59,10 +60,34 @@ def test_a_seed_gives_the_same_lives() -> None:
 def test_the_llama_run_is_simulated_with_its_picture() -> None:
     found = simulate(specs.compose(["experiment=llama_65b"]), 200)
     assert 0.8 < found.ettr[0] <= found.ettr[1] <= found.ettr[2] < 1
-    assert found.best_interval_s < found.life.interval_s
+    assert found.best_interval_s == found.life.interval_s  # checkpoint.every_steps=auto
     assert found.spares[16] > found.spares[0]
     assert found.picture().startswith("<svg")
     assert set(found.to_json()["ettr"]) == {"p5", "p50", "p95"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "experiment=llama_7b",
+        "experiment=llama_65b",
+        "experiment=llama_65b plan.save_gb_per_s=0.05 checkpoint.every_steps=500",  # Young's: a save stalls 7.6 s
+        "experiment=llama_65b plan.save_gb_per_s=0.002 checkpoint.auto_min_s=600 checkpoint.auto_max_s=1200",
+        "experiment=llama_65b plan.failures_per_1000_node_days=[5,50,100] spikes.vet_steps=0",
+    ],
+)
+def test_plan_and_simulate_name_the_same_best_interval(words: str) -> None:
+    spec = specs.compose(words.split())
+    planned = forecast.plan(spec, 0.0).best_interval.steps
+    assert simulate(spec, 300).best_every_steps == planned
+
+
+def test_a_life_that_is_better_by_more_than_noise_is_named_against_the_plan() -> None:
+    planned = Interval(steps=100, least_steps=20, why="")
+    config = CheckpointConfig(name="t", auto_min_s=0)
+    tried = [10.0, 20.0, 50.0, 100.0, 200.0]
+    assert best_of(tried, [0.97, 0.95, 0.93, 0.92, 0.9], planned, 1.0, config) == 20.0  # 10 steps are too few
+    assert best_of(tried, [0.97, 0.921, 0.92, 0.92, 0.9], planned, 1.0, config) == 100.0
 
 
 def test_a_run_that_never_ends_is_told() -> None:
