@@ -106,7 +106,15 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     ahead = (
         boundaries / layout.virtual_stages if layout.virtual_stages > 1 else 0.0
     )  # what has arrived for the next group
-    activations = in_flight * (layers * saved + boundaries) + ahead + head
+    zero_bubble = layout.pp > 1 and layout.pipeline_schedule == "zero_bubble"
+    activations = in_flight * (layers * saved + boundaries) + ahead + (in_flight if zero_bubble else 1.0) * head
+    # Of each microbatch whose weight gradients are put off (one more on each later rank), what they are computed from: the
+    # gradients of linear layers' and norms' outputs, and of the stage's own. The head's last one stays in bf16.
+    put_off = of_each = 0.0
+    if zero_bubble:
+        outputs = 2 * (3 * d + 2 * (model.kv_dim + f) / layout.tp) + 8 * d * residual
+        of_each = tokens * (layers * outputs + (4 * last + 2 * layout.virtual_stages) * d * residual)
+        put_off = min(pp_rank, microbatches - 1) / layout.virtual_stages * of_each + 2 * vocabulary * last
 
     gathered = 0.0 if alone else 2 * parameters if layout.pp > 1 else 2 * (layer + ends)
     norm = NORM_BYTES * d * residual + 2 * d
@@ -132,8 +140,8 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
             2 * all_logits / chunks + 2 * vocabulary if chunks > 1 else -2 * vocabulary
         )
     whole = 4 * parameters
-    begin = whole if several else 0.0  # gradients, before the last backward pass
-    before = begin + activations - head + head_gradient
+    begin = put_off + (whole if several else 0.0)  # gradients, before the last backward pass
+    before = begin + activations - head + head_gradient + of_each * (pp_rank > 0)
     working = max(
         activations + begin + logits,
         before + feed,
@@ -144,7 +152,7 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     held = 12 * sharded + gathered + working
     return Memory(
         parameters_bytes=4 * sharded,
-        gradients_bytes=whole if several else 4 * sharded,
+        gradients_bytes=put_off + (whole if several else 4 * sharded),
         optimizer_bytes=8 * sharded,
         activations_bytes=activations,
         buffers_bytes=gathered + max(0.0, logits, feed + reducing),
@@ -155,9 +163,12 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
 
 def _in_flight(layout: Layout, microbatches: int, pp_rank: int) -> float:
     """Microbatches whose activations a pipeline rank holds at once: 1F1B's warm-up and one more; interleaved, in groups of
-    layers (arXiv 2205.05198, section 4.2.3)."""
+    layers (arXiv 2205.05198, section 4.2.3); zero bubble: as many on every rank as 1F1B on the first, as they wait for their
+    weight gradients (arXiv 2401.10241, ZB-H1)."""
     if layout.pp == 1:
         return 1.0
+    if layout.pipeline_schedule == "zero_bubble":
+        return float(min(microbatches, layout.pp))
     if layout.virtual_stages == 1:
         return float(min(microbatches, layout.pp - pp_rank))
     groups = (layout.virtual_stages - 1) * layout.pp + 2 * (layout.pp - pp_rank - 1) + 1
