@@ -104,8 +104,11 @@ def forecast_step(
         cp_pass = collective_s(2 * 2 * tokens * layout.cp * kv / tp, layout.cp, local, gpu)
     cp_forward, cp_backward = max(0.0, cp_pass - attention_forward), max(0.0, 2 * cp_pass - attention_backward)
 
+    # The backward pass needs no output of the layer's last product, and stops computing again before it (torch since 2.1).
+    stops_early = layout.recompute == "full" and not plan.recompute_whole
+    spared = product_s(tokens, f // tp, d) + tp_pass / 4 if stops_early else 0.0
     again = {"none": (0.0, 0.0, 0.0, 0.0), "selective": (0.0, 0.0, elementwise_forward, 0.0)}.get(
-        layout.recompute, (matmul_forward, attention_forward, elementwise_forward, tp_pass + cp_forward)
+        layout.recompute, (matmul_forward - spared, attention_forward, elementwise_forward, tp_pass + cp_forward)
     )
     if layout.recompute == "selective" and plan.attention == "unfused":
         again = (0.0, attention_forward, elementwise_forward, 0.0)  # arXiv 2205.05198's selective recomputation
@@ -176,6 +179,7 @@ def forecast_step(
     tokens_per_s = batch_tokens / step_s
     model_flops = flops_per_token(model)
     layers_flops = model_flops / 3 - 2 * model.vocab_size * d  # of a forward pass, without the head
+    layers_flops -= 2 * model.n_layers * f * d if stops_early else 0.0
     hardware_flops = model_flops + (layers_flops if layout.recompute == "full" else 0.0)
     per_gpu = tokens_per_s / layout.gpus
     return Step(

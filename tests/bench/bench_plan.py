@@ -19,7 +19,7 @@ def main() -> None:
         print(
             f"| 2302.13971 | LLaMA {name} | gpu_hours | {hours:,} | {found:,.0f} | {100 * (found / hours - 1):+.1f}% |"
         )
-    for row in [*published.megatron(), *published.selective(), *published.llama3(), *published.mpt()]:
+    for row in published.tables():
         print(
             f"| {row.source} | {row.label} | {row.figure} | {row.published:,g} | {row.forecast:,.4g} | "
             f"{100 * row.error:+.1f}% |"

@@ -40,9 +40,18 @@ def test_megatrons_table_is_forecast_within_15_percent(row: published.Row) -> No
     assert abs(row.error) < 0.15
 
 
-@pytest.mark.parametrize("row", [*published.selective(), *published.llama3()], ids=lambda r: r.label)
+SET_NOTHING = [*published.selective(), *published.llama3(), *published.open_replications(), *published.mpt("a100_80gb")]
+
+
+@pytest.mark.parametrize("row", SET_NOTHING, ids=lambda r: r.label)
 def test_tables_that_set_no_constant_are_forecast_within_15_percent(row: published.Row) -> None:
     assert abs(row.error) < 0.15
+
+
+@pytest.mark.parametrize("row", published.tables(), ids=lambda r: r.label)
+def test_every_published_row_is_of_whole_microbatches(row: published.Row) -> None:
+    rows_a_pass = row.layout.dp * row.layout.microbatch_sequences
+    assert row.batch_sequences == rows_a_pass * row.layout.accumulation_steps(row.batch_sequences)
 
 
 def test_what_cannot_fit_is_refused_with_layouts_that_do() -> None:
@@ -97,6 +106,9 @@ def test_recomputation_trades_memory_for_time() -> None:
     times = [p.step.step_s for p in plans]
     assert times == sorted(times)
     assert plans[2].step.hfu > plans[2].step.mfu
+    whole = specs.compose(["experiment=llama_65b", "layout.recompute=full", "layout.microbatch_sequences=1",
+                           "plan.recompute_whole=true"])  # fmt: skip
+    assert forecast.plan(whole, NOW_S).step.recompute_s > 1.2 * plans[2].step.recompute_s
 
 
 def test_recompute_auto_is_the_least_that_fits() -> None:
