@@ -1,7 +1,8 @@
 """What a crash or a hang of a rank means for the run: told, written down, restarted within the crash budget or not."""
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 
 from orchestrator import spec as specs
 from orchestrator.record import Event, read_events, say
@@ -26,6 +27,25 @@ def crashes_so_far(events: Sequence[Event], cause: str = "crash") -> int:
         elif event.kind == "resumed_by_hand":
             crashes = 0
     return crashes
+
+
+def failures_so_far(events: Iterable[Event]) -> tuple[int, float]:
+    """The starts that ended without a word (a crash, a hang, a lost node), and the seconds that all starts were at work: from
+    "started" to their last event."""
+    begun: dict[int, datetime] = {}
+    last: dict[int, datetime] = {}
+    told: set[int] = set()  # how they ended
+    for event in events:
+        if event.attempt is None:
+            continue
+        time = datetime.fromisoformat(event.time_utc)
+        if event.kind == "started":
+            begun[event.attempt] = time
+        last[event.attempt] = max(time, last.get(event.attempt, time))
+        if event.kind in ("stopped", "finished", "failed"):
+            told.add(event.attempt)
+    worked_s = sum((last[a] - begun[a]).total_seconds() for a in begun)
+    return len(begun.keys() - told), max(0.0, worked_s)
 
 
 def step_on_disk(events: Sequence[Event]) -> int:

@@ -28,8 +28,9 @@ from orchestrator import spec as specs
 from orchestrator.carbon_report import budget
 from orchestrator.energy.carbon import BudgetVerdict
 from orchestrator.energy.sampler import sampling
+from orchestrator.incidents import failures_so_far
 from orchestrator.mirror import mirroring
-from orchestrator.plan.forecast import mttf_s
+from orchestrator.plan.forecast import learnt_mttf_s, mttf_s
 from orchestrator.record import Event, JsonlWriter, StepRecord, read_events, say, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.shrink import shrunk
@@ -168,6 +169,7 @@ def _train(
     rank_flops = flops_per_token(spec.model) * spec.batch_tokens * spec.steps / spec.layout.gpus
     choices = choose(ranks.device, spec.compile, rank_flops, spec.layout)
     prepare(choices, ranks.mesh)
+    past = _past_events(directory, ranks)
     config = TrainConfig(
         seed=spec.seed,
         steps=spec.steps,
@@ -180,7 +182,7 @@ def _train(
         optim=spec.optim,
         checkpoint=spec.checkpoint,
         vet_steps=spec.spikes.vet_steps,
-        mttf_s=mttf_s(spec),
+        mttf_s=learnt_mttf_s(mttf_s(spec), *failures_so_far(past)),
         gpu=spec.gpu,
     )
     kind = str(dtype).removeprefix("torch.")
@@ -202,7 +204,7 @@ def _train(
     )
     watch = SpikeWatch(
         spec.spikes,
-        _past_events(directory, ranks),
+        past,
         store.history_steps,
         loader.data_batch,
         recorder.event,

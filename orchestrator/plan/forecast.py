@@ -16,6 +16,7 @@ from orchestrator.plan.search import best, closed, fits, nearest, step_of
 from orchestrator.plan.step import Step
 from orchestrator.spec import RunSpec
 
+PRIOR_FAILURES = 2  # published rates lie a factor of two around the central one: as unsure as two failures leave one
 SPEED_MARGIN = 0.12  # of a step's time: how far published tables lie from the forecast (docs/plan.md)
 
 
@@ -70,6 +71,14 @@ def mttf_s(spec: RunSpec, rate: int = 1) -> float:
     """Of the whole job, at the low, central or high rate of failures (0, 1, 2); infinite where none is expected."""
     per_s = failures_per_s(spec)[rate]
     return 1 / per_s if per_s else math.inf
+
+
+def learnt_mttf_s(planned_s: float, failures: int, worked_s: float) -> float:
+    """A job's mean time to failure after what it has lived through itself: the plan's counts as PRIOR_FAILURES failures seen
+    before (the mean of a Gamma posterior)."""
+    if planned_s == math.inf:
+        return worked_s / failures if failures and worked_s else math.inf
+    return (PRIOR_FAILURES * planned_s + worked_s) / (PRIOR_FAILURES + failures)
 
 
 def best_save_interval(spec: RunSpec, step_s: float, rate: int = 1) -> Interval:

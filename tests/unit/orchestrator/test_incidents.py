@@ -1,0 +1,34 @@
+"""What a run's own failures teach it."""
+
+import math
+
+import pytest
+
+from orchestrator.incidents import failures_so_far
+from orchestrator.plan.forecast import learnt_mttf_s
+from orchestrator.record import Event
+
+
+def event(kind: str, minute: int, attempt: int | None) -> Event:
+    return Event(time_utc=f"2026-01-01T00:{minute:02d}:00.000Z", kind=kind, step=0, detail="", attempt=attempt)
+
+
+def test_starts_that_ended_without_a_word_are_failures_and_all_their_time_counts() -> None:
+    events = [
+        event("prepared", 0, None), event("started", 1, 1), event("saved", 11, 1),  # killed
+        event("requeued", 12, None), event("started", 13, 2), event("stopped", 20, 2),
+        event("started", 21, 3), event("saved", 24, 3), event("restarted", 25, None), event("started", 26, 4),
+        event("failed", 30, 4),
+    ]  # fmt: skip
+    assert failures_so_far(events) == (2, 60.0 * (10 + 7 + 3 + 4))
+    assert failures_so_far([]) == (0, 0.0)
+
+
+def test_the_plans_rate_gives_way_to_what_the_run_has_seen() -> None:
+    day = 86400.0
+    assert learnt_mttf_s(day, 0, 0.0) == day
+    assert learnt_mttf_s(day, 2, 2 * day) == day
+    assert learnt_mttf_s(day, 20, 2 * day) == pytest.approx(2 / 11 * day)
+    assert learnt_mttf_s(day, 0, 20 * day) == 11 * day
+    assert learnt_mttf_s(math.inf, 0, day) == math.inf
+    assert learnt_mttf_s(math.inf, 4, day) == day / 4
