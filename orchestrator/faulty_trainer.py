@@ -22,6 +22,7 @@ _SIGNALS = {
     "term": signal.SIGTERM,
     "usr2": signal.SIGUSR2,
 }
+_SAVE_S = 2.0  # the run of a campaign trains five steps in less than a save takes on a crowded machine
 
 
 def _nan(module: object, inputs: object, x_BTD: Tensor) -> Tensor:
@@ -94,6 +95,7 @@ class FaultyTrainer(Trainer):
             hook.remove()
 
     def save(self, wait: bool) -> None:
+        self.store._idle.wait(_SAVE_S)  # else it is skipped, and a fault costs more than lies between two saves
         if self._strikes("kill_in_commit", self.step):
             self.store._commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
         super().save(wait)

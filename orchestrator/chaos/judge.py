@@ -84,7 +84,10 @@ class _Span:
         before = [r for r in records if _time_s(r) <= done.time_s]
         after = [r for r in kept if _time_s(r) > done.time_s]
         first = after[0].step if after else 0
-        self.recovery_s = _time_s(after[0]) - done.time_s if after else None
+        # where it ended a start: to the next one's first step, for the old one may have got a step further while it saved
+        attempt = max((r.attempt for r in before), default=0)
+        good = [r for r in after if r.attempt > attempt and _time_s(r) <= until_s] or after
+        self.recovery_s = _time_s(good[0]) - done.time_s if good else None
         # trained, and then trained again: each undone record is laid to the fault before the record that undid it
         self.repeated = 0
         lowest, undone_by = float("inf"), None

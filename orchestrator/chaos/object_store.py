@@ -47,7 +47,7 @@ class ObjectStore:
         if trouble == "cut":
             environ["wsgi.input"].read(size // 2)
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-            return [b""]
+            raise ConnectionResetError  # the server says no more of it
         return self._application(environ, start_response)
 
     def _trouble(self, method: str, path: str) -> str:

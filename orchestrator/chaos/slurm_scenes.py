@@ -12,7 +12,7 @@ from pathlib import Path
 from orchestrator.chaos.scenes import Scene, Skipped
 from orchestrator.chaos.stage import DidNotHold, Stage
 from slurm.rendezvous import expand_hostlist
-from slurm.virtual import VirtualCluster, missing_packages
+from slurm.virtual import Process, VirtualCluster, missing_packages
 
 _NODES, _RANKS = 8, 4  # of the cluster; of each node
 _BELONGS = {"slurm": "node[001-004]", "slurm_timeout": "node[005-006]", "slurm_zombie": "node[007-008]"}
@@ -146,7 +146,7 @@ def slurm_timeout(scene: Scene) -> None:
 
 def slurm_zombie(scene: Scene) -> None:
     """The whole run is on a node that is cut off: slurmd is dead, all else stands still. Slurm starts the run elsewhere; then the
-    zombie wakes, before a step, with a save ahead of it."""
+    zombie wakes, before a step, with a save ahead of it: its ranks first, so that they find out before Slurm ends them."""
     cluster = scene.cluster.get()
     stage = _stage(scene, cluster, *_ONE_NODE)
     (gate,) = stage.gates(15)
@@ -166,19 +166,26 @@ def slurm_zombie(scene: Scene) -> None:
         if not all(process.alive() for process in zombies):
             done.problems.append("the ranks on the lost node were gone already: no zombie was tried")
         stage.go(gate)
+        for process in filter(_is_rank, zombies):
+            process.signal(signal.SIGCONT)
+        stage.wait(lambda: any(e.attempt == 1 for e in stage.events("fenced")), "the zombie's word that it is fenced")
     finally:
         for process in zombies:
             process.signal(signal.SIGCONT)
     stage.wait(lambda: not any(process.alive() for process in zombies), "the end of the zombie")
     stage.wait(stage.finished, "the end of the run")
-    if stage.events("fenced"):
-        end = "fenced"
-    else:
-        end = "ended by Slurm before its next save"
-    done.detected = f"{stage.events('requeued')[0].kind}: {stage.events('requeued')[0].detail}; the zombie was {end}"
+    requeued, fenced = stage.events("requeued")[0], stage.events("fenced")[0]
+    done.detected = f"{requeued.kind}: {requeued.detail}; the zombie: fenced: {fenced.detail}"
     if any(e.attempt == 1 and e.step > 10 for e in stage.events("saved")):
         done.problems.append("the zombie committed a checkpoint")
     cluster.start_node(node)
+
+
+def _is_rank(process: Process) -> bool:
+    """A rank or its keeper."""
+    with contextlib.suppress(OSError):
+        return b"slurm.rank" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    return False
 
 
 SLURM_SCENES: dict[str, Callable[[Scene], None]] = {
