@@ -47,6 +47,8 @@ class ObjectStore:
         if trouble == "cut":
             environ["wsgi.input"].read(size // 2)
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                environ["wsgi.input"].read()  # what has arrived meanwhile is no next request
             raise ConnectionResetError  # the server says no more of it
         return self._application(environ, start_response)
 

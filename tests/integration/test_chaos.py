@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,7 @@ ARRIERO = str(Path(sys.executable).with_name("arriero"))
 def rows(slurm_cluster: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     """The whole campaign, as `arriero chaos` runs it."""
     root = tmp_path_factory.mktemp("chaos")
-    found = {r.fault: r for r in run(PLAN, root, 1, 2, Console(), slurm_cluster)}
-    if failed := [p for p in PLAN if found[p.name].passed is False]:
-        # Scenes are played against deadlines on whatever machine this is: once more, and said.
-        warnings.warn("; ".join(f"second try of {p.name}: {found[p.name].why}" for p in failed), stacklevel=1)
-        found |= {r.fault: r for r in run(failed, root / "again", 1, 2, Console(), slurm_cluster)}
-    return found
+    return {r.fault: r for r in run(PLAN, root, 1, 2, Console(), slurm_cluster)}
 
 
 @pytest.mark.slow
