@@ -84,7 +84,7 @@ def learnt_mttf_s(planned_s: float, failures: int, worked_s: float) -> float:
 def best_save_interval(spec: RunSpec, step_s: float, rate: int = 1) -> Interval:
     """What checkpoint.every_steps=auto will come to, if steps and saves take what is forecast. How long a write takes in the
     background, nobody knows before the first."""
-    return best_interval(
+    found = best_interval(
         spec.checkpoint,
         spec.spikes.vet_steps,
         step_s=step_s,
@@ -92,6 +92,7 @@ def best_save_interval(spec: RunSpec, step_s: float, rate: int = 1) -> Interval:
         write_s=0.0,
         mttf_s=mttf_s(spec, rate),
     )
+    return replace(found, steps=min(found.steps, spec.steps))
 
 
 def saves_every_steps(spec: RunSpec, step_s: float) -> int:

@@ -183,7 +183,7 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
         )
     young = min(young_interval_s(life.save_s, forecast.mttf_s(spec)), life.work_s)
     planned = forecast.best_save_interval(spec, step_s)
-    tried = sorted({*interval_grid(young, step_s, life.work_s), min(planned.steps, spec.steps) * step_s})
+    tried = sorted({*interval_grid(young, step_s, life.work_s), planned.steps * step_s})
     bands = [np.percentile(ettr(replace(life, interval_s=i), seeds), PERCENTILES) for i in tried]
     best = best_of(tried, [float(band[1]) for band in bands], planned, step_s, spec.checkpoint)
     ratios = life.work_s / taken_s

@@ -21,9 +21,13 @@ def main() -> None:
         )
     for row in published.tables():
         print(
-            f"| {row.source} | {row.label} | {row.figure} | {row.published:,g} | {row.forecast:,.4g} | "
+            f"| {row.source} | {row.label} | {row.figure} | {_figure(row.published)} | {_figure(row.forecast)} | "
             f"{100 * row.error:+.1f}% |"
         )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

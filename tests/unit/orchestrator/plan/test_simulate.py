@@ -74,6 +74,7 @@ def test_the_llama_run_is_simulated_with_its_picture() -> None:
         "experiment=llama_65b plan.save_gb_per_s=0.05 checkpoint.every_steps=500",  # Young's: a save stalls 7.6 s
         "experiment=llama_65b plan.save_gb_per_s=0.002 checkpoint.auto_min_s=600 checkpoint.auto_max_s=1200",
         "experiment=llama_65b plan.failures_per_1000_node_days=[5,50,100] spikes.vet_steps=0",
+        "experiment=llama_7b steps=50 optim.warmup_steps=5",  # shorter than an interval
     ],
 )
 def test_plan_and_simulate_name_the_same_best_interval(words: str) -> None:
