@@ -35,14 +35,6 @@ class Verdict:
     lr_scale: float = 1.0  # of the whole schedule, from now on
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """`rewinds`: how many rewinds the run had behind it when this was saved (PolicyState.rewinds then)."""
-
-    step: int
-    rewinds: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class PolicyState:
     """All that the policy remembers, as JSON by `asdict`."""
@@ -77,23 +69,10 @@ class PolicyState:
         return cls(**{**values, **steps, "skips": skips})
 
 
-def usable(checkpoint: Checkpoint, state: PolicyState) -> bool:
-    """False for a checkpoint of a past that has been undone: later than a rewind's target and saved before that rewind.
-
-    It asks no clock and no file's age, so a run killed between the verdict and the load makes the same choice again.
-    """
-    return all(checkpoint.step <= to for to in state.rewound_to[checkpoint.rewinds :])
-
-
-def newest_usable(checkpoints: Sequence[Checkpoint], state: PolicyState) -> Checkpoint | None:
-    """Where a start goes on, also one after a kill in the middle of a rewind."""
-    return max((c for c in checkpoints if usable(c, state)), key=lambda c: c.step, default=None)
-
-
 def decide(
     finding: Finding,
     elevated: bool,
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[int],
     data_batch: Callable[[int], int],
     state: PolicyState,
     config: SpikesConfig,
@@ -101,7 +80,8 @@ def decide(
     """The verdict on one step's finding; call it for every step, the calm ones too.
 
     `finding.step` counts steps done, this one included. `elevated`: the loss still stands above its trend. `data_batch`
-    maps a 0-based step to its data batch under the present skip list.
+    maps a 0-based step to its data batch under the present skip list. `checkpoints` are the steps of those of the run's history:
+    the store leaves out what was saved in a past that has been undone.
     """
     step = finding.step
     if not finding.stopping:
@@ -124,7 +104,7 @@ def skip_batch(batch: int, reason: str, state: PolicyState, config: SpikesConfig
 def _calm(
     step: int,
     elevated: bool,
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[int],
     data_batch: Callable[[int], int],
     state: PolicyState,
     config: SpikesConfig,
@@ -144,7 +124,7 @@ def _calm(
 
 def _incident(
     finding: Finding,
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[int],
     data_batch: Callable[[int], int],
     state: PolicyState,
     config: SpikesConfig,
@@ -159,16 +139,14 @@ def _incident(
     state = replace(state, incident_end=max(state.incident_end, step + config.vet_steps))
 
     reach = config.margin_steps * 2**state.incident_rewinds  # doubled with every rewind of this incident
-    trusted = [
-        c for c in checkpoints if usable(c, state) and c.step < onset and c.step + max(reach, config.vet_steps) <= onset
-    ]
+    trusted = [c for c in checkpoints if c < onset and c + max(reach, config.vet_steps) <= onset]
     if state.incident_rewinds:  # further back than last time, where there is something further back
-        further = [c for c in trusted if c.step < state.rewound_to[-1]]
+        further = [c for c in trusted if c < state.rewound_to[-1]]
         trusted = further or trusted
-    target = max(trusted, key=lambda c: c.step, default=None)
+    target = max(trusted, default=None)
 
     if finding.kind is Kind.SPIKE and state.incident_rewinds == 0:
-        cost = step - target.step + config.restart_steps if target else config.max_watch_steps
+        cost = step - target + config.restart_steps if target is not None else config.max_watch_steps
         watch = min(config.patience * cost, config.max_watch_steps)
         since = state.watched_since if state.watched_since is not None else step
         if step - since < watch:
@@ -187,7 +165,7 @@ def _incident(
     if state.rewinds >= config.max_rewinds_per_run:
         return _stop(f"{finding.reason}; the run has spent its {state.rewinds} rewinds", state, config)
 
-    first = data_batch(max(target.step, onset - 1 - reach))
+    first = data_batch(max(target, onset - 1 - reach))
     end = data_batch(step - 1) + 1 + reach
     skips = (*state.skips, (first, end))
     grown = replace(state, skips=skips)
@@ -198,17 +176,17 @@ def _incident(
     scale = state.lr_scale * (config.lower_lr_factor if last else 1.0)
     after = replace(
         grown,
-        rewound_to=(*state.rewound_to, target.step),
+        rewound_to=(*state.rewound_to, target),
         incident_rewinds=state.incident_rewinds + 1,
         lr_scale=scale,
-        lowered_at=(*state.lowered_at, target.step + 1) if last else state.lowered_at,
+        lowered_at=(*state.lowered_at, target + 1) if last else state.lowered_at,
     )
     lowered = f", the learning rate times {scale:g}" if last else ""
-    reason = f"{finding.reason}; back to step {target.step}, data batches {first} to {end - 1} skipped{lowered}"
+    reason = f"{finding.reason}; back to step {target}, data batches {first} to {end - 1} skipped{lowered}"
     return Verdict(
         act="lower_lr" if last else "rewind",
         reason=reason,
-        to_step=target.step,
+        to_step=target,
         skip_from=first,
         skip_to=end,
         lr_scale=scale,

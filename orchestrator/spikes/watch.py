@@ -13,7 +13,7 @@ from orchestrator.spikes.audit import Audit, Recent, audit, restored_policy
 from orchestrator.spikes.config import SpikesConfig
 from orchestrator.spikes.finding import Finding, Rule, elevated, nonfinite
 from orchestrator.spikes.gate import Measured, gate, judge_recomputed
-from orchestrator.spikes.policy import Checkpoint, PolicyState, Verdict, decide, skip_batch
+from orchestrator.spikes.policy import PolicyState, Verdict, decide, skip_batch
 from orchestrator.spikes.rules import make_rule
 
 SKIPS_IN_A_ROW = 3  # batches left out for one step before the weights, not the batches, are suspected
@@ -169,7 +169,7 @@ class SpikeWatch:
     def _decide(self, finding: Finding) -> Act:
         before = self._policy
         wrong = finding.stopping or before.watched_since is not None
-        checkpoints = [Checkpoint(s, before.rewinds) for s in self._checkpoints()] if wrong else []
+        checkpoints = self._checkpoints() if wrong else []
         verdict, after = decide(finding, elevated(self._rule), checkpoints, self._data_batch, before, self.config)
         newly, self._alarmed = finding.stopping and not self._alarmed, finding.stopping
         if verdict.act in ("rewind", "lower_lr", "stop"):

@@ -17,13 +17,10 @@ from orchestrator.spikes.config import SpikesConfig
 from orchestrator.spikes.cusum import Cusum
 from orchestrator.spikes.finding import Finding, Kind, elevated, ok
 from orchestrator.spikes.policy import (
-    Checkpoint,
     PolicyState,
     Verdict,
     decide,
-    newest_usable,
     skip_batch,
-    usable,
 )
 
 AT_ONCE = SpikesConfig(name="test", patience=0.0)
@@ -45,8 +42,7 @@ def on(
     elevated: bool = True,
 ) -> tuple[Verdict, PolicyState]:
     state = state or PolicyState()
-    checkpoints = [Checkpoint(s, state.rewinds) for s in saved]
-    return decide(finding, elevated, checkpoints, lambda s: batch_of(state, s), state, config)
+    return decide(finding, elevated, saved, lambda s: batch_of(state, s), state, config)
 
 
 def test_rewinds_to_the_newest_checkpoint_trusted_before_the_onset_and_skips_around_the_spike() -> None:
@@ -136,14 +132,6 @@ def test_watching_only_changes_nothing() -> None:
     assert state == PolicyState()
 
 
-def test_a_checkpoint_of_an_undone_past_is_not_used_again() -> None:
-    state = PolicyState(rewound_to=(500,))
-    assert not usable(Checkpoint(1000, rewinds=0), state)
-    assert usable(Checkpoint(1000, rewinds=1), state)
-    assert usable(Checkpoint(500, rewinds=0), state)
-    assert newest_usable([Checkpoint(500, 0), Checkpoint(1000, 0)], state) == Checkpoint(500, 0)
-
-
 def test_a_skip_of_one_batch_moves_the_step_to_the_next() -> None:
     verdict, state = skip_batch(7, "not finite twice", PolicyState(), AT_ONCE)
     assert (verdict.act, state.skips) == ("skip", ((7, 8),))
@@ -159,7 +147,7 @@ class SimulatedRun:
     save_every: int
     state: PolicyState = field(default_factory=PolicyState)
     step: int = 0
-    checkpoints: list[Checkpoint] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
     verdicts: list[tuple[Finding, Verdict]] = field(default_factory=list)
 
     def train(self, script: list[tuple[Kind, int, bool]]) -> None:
@@ -167,8 +155,7 @@ class SimulatedRun:
             if self.state.stopped:
                 return
             if self.step % self.save_every == 0:
-                self.checkpoints = [c for c in self.checkpoints if c.step != self.step]
-                self.checkpoints.append(Checkpoint(self.step, self.state.rewinds))
+                self.checkpoints.append(self.step)
             self.step += 1
             finding = Finding(kind, self.step, max(1, self.step - back), 1.0, "scripted")
             before = self.state
@@ -179,6 +166,7 @@ class SimulatedRun:
             self.verdicts.append((finding, verdict))
             if verdict.to_step is not None:
                 self.step = verdict.to_step
+                self.checkpoints = [c for c in self.checkpoints if c < self.step]  # it is saved anew
 
     def decide(self, finding: Finding, still_up: bool) -> tuple[Verdict, PolicyState]:
         state = self.state
@@ -198,9 +186,7 @@ class SimulatedRun:
             return
         assert verdict.to_step < finding.step, "never forward"
         assert verdict.to_step < finding.onset_step, "never past the onset"
-        target = [c for c in self.checkpoints if c.step == verdict.to_step]
-        assert target
-        assert any(usable(c, before) for c in target)
+        assert verdict.to_step in self.checkpoints
         assert verdict.skip_from is not None
         assert verdict.skip_to is not None
         assert verdict.skip_from < verdict.skip_to
@@ -212,7 +198,6 @@ class SimulatedRun:
         # The batch on which the alarm was raised is never trained on again.
         alarm_batch = batch_of(before, finding.step - 1)
         assert verdict.skip_from <= alarm_batch < verdict.skip_to
-        assert newest_usable(self.checkpoints, after).step == verdict.to_step  # type: ignore[union-attr]
 
 
 moments = st.tuples(
@@ -274,9 +259,6 @@ def test_killed_between_verdict_and_act_it_comes_out_the_same() -> None:
     written = json.dumps(audit("cusum", finding, verdict, run.state, recent).to_json(), allow_nan=False)
     state = restored_policy([json.loads(written)])
     assert state == run.state
-    start = newest_usable(run.checkpoints, state)
-    assert start is not None
-    assert start.step == verdict.to_step
     assert json.loads(written)["window"] == [[220, 2.5, 1.0, 0.2, -0.1], [221, "nan", None, None, None]]
 
 
@@ -292,11 +274,11 @@ def lead(
     Returns the verdicts that changed the run, the steps computed in all, and the damage that is left.
     """
     rule, state, damage, step, computed = Cusum(), PolicyState(), 0.0, 0, 0
-    saved: dict[int, tuple[Checkpoint, dict[str, Any], float]] = {}
+    saved: dict[int, tuple[dict[str, Any], float]] = {}
     changed = []
     while step < steps and not state.stopped:
         if step % 100 == 0:
-            saved[step] = (Checkpoint(step, state.rewinds), rule.state(), damage)
+            saved = {s: what for s, what in saved.items() if s < step} | {step: (rule.state(), damage)}
         batch = batch_of(state, step)
         step, computed = step + 1, computed + 1
         noise = random.Random(batch)
@@ -307,7 +289,7 @@ def lead(
         verdict, state = decide(
             finding,
             elevated(rule),
-            [c for c, _, _ in saved.values()],
+            list(saved),
             functools.partial(batch_of, before),
             before,
             config,
@@ -315,7 +297,7 @@ def lead(
         if verdict.act not in ("accept", "watch"):
             changed.append(verdict)
         if verdict.to_step is not None:
-            _, learnt, damage = saved[verdict.to_step]
+            learnt, damage = saved[verdict.to_step]
             rule.restore(learnt)
             step = verdict.to_step
     return changed, computed, damage
