@@ -29,11 +29,12 @@ from orchestrator.chaos import judge
 from orchestrator.chaos.stage import TWO_RANKS, DidNotHold, Stage, ending_all, make_workplace
 from orchestrator.errors import Failure, UserError
 from orchestrator.faults import Fault
+from orchestrator.launch import last_record
 from orchestrator.record import kept_steps
 
 _PER_RUN = 40  # kills of one run, those inside the ranks included
 _PAUSE_S = (0.1, 4.0)  # before a kill from outside
-_IN_START = 0.25  # of these kills do not wait until the ranks have started again
+_IN_START = 0.25  # of these kills do not wait until the ranks train again
 _STEPS, _STEPS_A_KILL = 40, 40  # of a run: what it would train meanwhile, and then alone
 _ON_RANKS = 0.5  # of the kills from outside; the rest meets what started and leads them
 _INSIDE = ("kill_in_commit", "kill_in_resume")
@@ -186,13 +187,14 @@ def _live(root: Path, seed: int, share: int, steps: int, control: judge.Losses) 
 def _kill_often(stage: Stage, draw: random.Random, share: int, life: Life) -> None:
     until = time.monotonic() + 600 + 60 * share
     launch = stage.launch()
-    starts = 0  # of the ranks, before the last kill
+    attempt = 0  # that trained when the last kill came
     while not stage.finished() or launch.process.poll() is None:
         if time.monotonic() > until:
             raise DidNotHold(f"not finished after {len(stage.launches)} launches; {stage.last_words()}")
         if (code := launch.process.poll()) is not None:
             if code == 2 and "at work already" not in launch.text():
                 raise DidNotHold(f"refused: {stage.last_words()}")
+            time.sleep(2.0 if code == 2 else 0.0)  # what the last kill has orphaned still trains
             launch = stage.launch()
         if sum(life.kills.values()) >= share:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -200,16 +202,22 @@ def _kill_often(stage: Stage, draw: random.Random, share: int, life: Life) -> No
             continue
         kind, on_ranks, pause_s = draw.choice(sorted(_OUTSIDE)), draw.random() < _ON_RANKS, draw.uniform(*_PAUSE_S)
         if draw.random() >= _IN_START or kind == "SIGSTOP":  # which is seen late in a rank that starts
-            while len(stage.events("started")) <= starts and launch.process.poll() is None and time.monotonic() < until:
+            while _training(stage) <= attempt and launch.process.poll() is None and time.monotonic() < until:
                 time.sleep(0.1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             launch.process.wait(pause_s)
         if launch.process.poll() is None and not stage.finished():
-            starts = len(stage.events("started"))
+            attempt = _training(stage)
             if victims := _victims(stage, launch.process.pid, on_ranks or kind == "SIGSTOP"):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(draw.choice(victims), _OUTSIDE[kind])
                     life.kills[kind] += 1
+
+
+def _training(stage: Stage) -> int:
+    """The newest attempt that has trained a step; 0 where none has."""
+    newest = last_record(stage.run)
+    return newest.attempt if newest else 0
 
 
 def _victims(stage: Stage, launch: int, on_ranks: bool) -> list[int]:
