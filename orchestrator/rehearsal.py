@@ -6,6 +6,8 @@ The same sbatch script, as many nodes and ranks; each rank proves its place, and
 import contextlib
 import json
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -71,6 +73,7 @@ def rehearse(spec: RunSpec, as_json: bool) -> int:
     )
     if changed:
         console.print(f"otherwise than on your cluster: {'; '.join(changed)}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what stands by then comes down
     folder = Path(tempfile.mkdtemp(prefix="arriero-rehearsal-"))
     checks: list[Check] = []
     try:

@@ -1,6 +1,10 @@
 """`arriero rehearse`, whole: a real Slurm comes up, the job lives through its three misfortunes, all goes down again."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,3 +43,29 @@ def test_what_is_no_slurm_cannot_be_rehearsed(tmp_path: Path) -> None:
     refused = arriero(tmp_path, "rehearse", "model=nano")
     assert refused.returncode == 2
     assert "choose cluster=slurm" in refused.stderr
+
+
+def test_a_rehearsal_that_is_ended_takes_its_cluster_down(tmp_path: Path) -> None:
+    require_slurm()
+    job = ["cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=2", "layout=fsdp", "layout.dp_shard=4"]
+    with tempfile.TemporaryDirectory(prefix="r") as short:
+        words = [sys.executable, "-P", "-c", "import sys; from orchestrator.cli import main; sys.exit(main())"]
+        rehearsal = subprocess.Popen(
+            [*words, "rehearse", "model=nano", *job], cwd=tmp_path, env={**os.environ, "TMPDIR": short},
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert rehearsal.stdout is not None
+        said = next(line for line in rehearsal.stdout if "submitted" in line)
+        assert "held" in said
+        (conf,) = Path(short).glob("arriero-rehearsal-*/cluster/slurm.conf")
+        rehearsal.terminate()
+        assert rehearsal.wait(60) == 128 + signal.SIGTERM
+        assert not conf.exists()
+        assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(conf).encode() in _read(p)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
