@@ -26,7 +26,7 @@ from rich.console import Console
 
 from orchestrator import faults
 from orchestrator.chaos import judge
-from orchestrator.chaos.stage import TWO_RANKS, DidNotHold, Stage, ending_all, make_workplace
+from orchestrator.chaos.stage import TWO_RANKS, DidNotHold, Ended, Stage, ending_all, make_workplace
 from orchestrator.errors import Failure, UserError
 from orchestrator.faults import Fault
 from orchestrator.launch import last_record
@@ -93,9 +93,8 @@ def random_kills(number: int, seed: int, parallel: int, folder: Path | None, as_
                 left = _duration(passed_s / max(1, done) * max(0, number - done))
                 said = f"FAILED: {life.problem}" if life.problem else "as the control"
                 console.print(f"  seed {own}: {dict(life.kills)}, {life.restarts} restarts: {said}")
-                console.print(
-                    f"  {done:,} of {number:,} kills, {passed_s / max(1, done):.1f} s each, about {left} left"
-                )
+                rest = f", about {left} left" if done < number else ""
+                console.print(f"  {done:,} of {number:,} kills, {passed_s / max(1, done):.1f} s each{rest}")
 
     with ThreadPoolExecutor(parallel) as pool, ending_all():  # in this order: the pool waits for what this ends
         control, start_s = _control(root, steps)
@@ -169,6 +168,8 @@ def _live(root: Path, seed: int, share: int, steps: int, control: judge.Losses) 
     try:
         _kill_often(stage, draw, share - len(inside), life)
         _judge(stage, control, steps, life)
+    except Ended:
+        raise
     except DidNotHold as error:
         life.problem = str(error)
     except Exception as error:  # a fault of this campaign's own

@@ -50,6 +50,10 @@ class DidNotHold(Exception):
     """What was awaited did not come."""
 
 
+class Ended(DidNotHold):
+    """Nor will it: the campaign was ended."""
+
+
 def make_workplace(folder: Path) -> Path:
     """Two small sources of text in `folder`, and a group that mixes them: what a run of seconds trains on."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +193,7 @@ class Stage:
 
     def launch(self, *more: str, env: Mapping[str, str] | None = None) -> Launch:
         if _ended:
-            raise DidNotHold("the campaign was ended")
+            raise Ended("the campaign was ended")
         output = self.workplace / f"{self.name}.launch-{len(self.launches) + 1}.txt"
         words = [*self.wrapper, str(Path(sys.executable).with_name("arriero")), "launch", "--config-dir=conf"]
         with output.open("wb") as file:
