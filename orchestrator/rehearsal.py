@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
@@ -73,7 +74,14 @@ def rehearse(spec: RunSpec, as_json: bool) -> int:
     )
     if changed:
         console.print(f"otherwise than on your cluster: {'; '.join(changed)}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what stands by then comes down
+
+    def end(number: int, frame: FrameType | None) -> None:  # what stands by then comes down, undisturbed
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, end)
     folder = Path(tempfile.mkdtemp(prefix="arriero-rehearsal-"))
     checks: list[Check] = []
     try:

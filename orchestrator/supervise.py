@@ -53,8 +53,8 @@ _UNTOLD_RESTARTS = 16  # of the job, where not even the events can be read or wr
 _BREATH_S = 8  # between the end of one start and the next
 _LOST_NODE_S = 75  # the same after a lost node: slurmstepd waits for its report, 60 s and 3 more a tree level
 _DOWN_LATE_S = 30  # after SlurmdTimeout, within which slurmctld holds a silent node for down
-_MUTE_S = 3600  # for which slurmctld is asked again while it does not answer: nothing could be requeued without it
 _LATER_S = 60  # the same, after a fault that may pass: a file system that does not answer
+_MUTE_S = 3600  # for which slurmctld is asked again while it does not answer: nothing could be requeued without it
 _ENDS = ("finished", "stopped", "failed")
 _SRUN_ENDS_S = 60.0  # after its ranks, a tenth where a node may be gone; then it is ended, and this long later killed
 _SLURMS_WORDS: dict[str, Cause] = {
@@ -319,8 +319,8 @@ class _Supervisor:
             detail = f"{refused + 1} starts in a row had unfit nodes (last: {', '.join(out)}): a person must look"
             self._tell("failed", step_on_disk(events), f"unfit_node: {detail}", cause="unfit_node", job_id=self.job_id)
             return 1
-        self._tell_requeue(events, why or "unfit_node", f"without {', '.join(out)}", self.restarts + 1)
-        _until_it_works(["scontrol", "requeue", self.job_id])
+        if not self._requeue(events, why or "unfit_node", f"without {', '.join(out)}", [*queue.lost_among(out)]):
+            return 0
         self._leave_out(spec, out)
         self._start_again(_BREATH_S)
         return 0
@@ -393,8 +393,8 @@ class _Supervisor:
             named = event.data.get("nodes", [])
             if event.data.get("cause") == "hardware" and len(named) == 1:  # of several, nobody knows which it is
                 self._lemon(str(named[0]), event.detail)
-        decided = self.directory.cancelled.exists() or (last is not None and last.kind in ("finished", "failed"))
-        job = self._details(lambda: not decided)
+        decided = last is not None and (last.kind in ("finished", "failed") or bool(last.data.get("paused")))
+        job = self._details(lambda: not decided and not self.directory.cancelled.exists())
         nodes = (job.nodes if job else ()) or expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))
         asked = sorted({*nodes, *expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))})
         lost = list(queue.lost_among(asked)) if exit_code else []
@@ -423,29 +423,44 @@ class _Supervisor:
                 detail = f"{decision.cause}: {decision.reason}"
                 self._tell("failed", step_on_disk(events), detail, cause=decision.cause, job_id=self.job_id)
             return 1
-        if (
-            decision.act == "requeue" and not self._requeue_told
-        ):  # else the next start tells: the accounting knows who did it
-            self._tell_requeue(events, decision.cause, decision.reason, self.restarts + 1)
-            if not self._is_ended_for(lost):
-                _until_it_works(["scontrol", "requeue", self.job_id])
+        # else the next start tells: the accounting knows who did it
+        again = decision.act == "requeue" and not self._requeue_told
+        if again and not self._requeue(events, decision.cause, decision.reason, lost):
+            return 0
         self._start_again(_LOST_NODE_S if lost else _BREATH_S)
         return 0
 
-    def _is_ended_for(self, lost: Sequence[str]) -> bool:
-        """Waits until slurmctld, too, holds these nodes for down, and ends the job for it; whether it has.
+    def _requeue(self, events: Sequence[Event], cause: str, reason: str, lost: Sequence[str] = ()) -> bool:
+        """Back into the queue, and tells it; False where the run was cancelled before that."""
+        ended = self._await_down(lost) if lost else None
+        if self.directory.cancelled.exists() or (ended and ended.act == "end"):
+            self._tell_cancelled("cancelled after its ranks had ended")
+            return False
+        self._tell_requeue(events, cause, reason, self.restarts + 1)
+        if ended is None or ended.act == "requeue":
+            _until_it_works(["scontrol", "requeue", self.job_id])
+        return True
 
-        Nothing could start sooner. And where a requeue's last node to come to its end is one that goes down, Slurm 22.05 takes
-        what the job held of it along into the next start, whose every srun then fails ("Invalid generic resource (gres)
-        specification"; in slurmctld's log "_step_get_gres_cnt ... node offset invalid").
+    def _await_down(self, lost: Sequence[str]) -> Decision | None:
+        """Waits until slurmctld, too, holds these nodes for down, and what it has done to the job for it, if anything.
+
+        Nothing could start sooner: a job is requeued when its last node has ended, or is down. And where a requeue's last node
+        to end is one that goes down, Slurm 22.05 takes what the job held of it along into the next start, whose every srun then
+        fails ("Invalid generic resource (gres) specification"; in slurmctld's log "_step_get_gres_cnt ... node offset invalid").
         """
-        until = time.monotonic() + queue.slurmd_timeout_s() + _DOWN_LATE_S
-        while lost and time.monotonic() < until:
-            if ended_by_slurm(queue.details(self.job_id), self.restarts):
-                return True
-            lost = [n for n, why in queue.lost_among(lost).items() if not why.startswith(queue.HELD_DOWN)]
+        # slurmctld looks three times in SlurmdTimeout, and finds a node late that has been silent since the look before
+        until = time.monotonic() + 2 * queue.slurmd_timeout_s() + _DOWN_LATE_S
+        self._tell("node_lost", 0, f"lost {', '.join(lost)}: waits until Slurm holds it for down", nodes=list(lost))
+        answers = 0  # in a row, of nodes that are there again: a slurmctld that does not answer looks the same
+        while time.monotonic() < until and answers < 3 and not self.directory.cancelled.exists():
+            if ended := ended_by_slurm(queue.details(self.job_id), self.restarts):
+                return ended
+            why = queue.lost_among(lost)
+            if why and all(w.startswith(queue.HELD_DOWN) for w in why.values()):
+                break
+            answers = 0 if why else answers + 1
             time.sleep(0.5)
-        return False
+        return ended_by_slurm(queue.details(self.job_id), self.restarts)
 
     def _start_again(self, slowest_s: int) -> None:
         """When the last of this start is gone on every node, slurmctld holds the job for two minutes more, but only where its

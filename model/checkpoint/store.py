@@ -542,11 +542,14 @@ class CheckpointStore:
     def _tidy(self, job: _Job) -> None:
         assert job.lease is not None
         job.lease.check()  # a zombie removes nothing
-        if job.vetted:  # perhaps only since the marker is on its way
+        told = job.vetted  # perhaps only since the marker is on its way
+        if told:
             self.storage.put(f"{job.info.name}/{VETTED}", b"")
         for info in policy.removable(self.steps(), self.config, read_epochs(self.storage), job.info.epoch):
             self._remove(info)
             self._event("removed", info.step, f"{info.name} removed" + ("" if info.committed else " (never committed)"))
+        if job.vetted and not told:  # removing can take longer than a few steps
+            self.storage.put(f"{job.info.name}/{VETTED}", b"")
 
     def _remove(self, info: CheckpointInfo) -> None:
         """The marker first: a removal that is killed leaves debris, never half a checkpoint."""

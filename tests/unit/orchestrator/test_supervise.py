@@ -2,12 +2,14 @@
 
 import os
 import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from orchestrator.incidents import crashes_so_far
-from orchestrator.record import Event
+from orchestrator.record import Event, read_events
 from orchestrator.run_dir import RunDir
 from orchestrator.supervise import _of_this_start, _Supervisor, decide, rejections_so_far
 from slurm.lead import Incident
@@ -108,22 +110,77 @@ def test_what_completing_means(said: JobDetails, expected: tuple[str, str]) -> N
     assert (decision.act, decision.cause) == expected
 
 
-def test_while_slurmctld_is_mute_it_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a requeue in which the ranks have saved would be told as a preemption."""
+@pytest.fixture
+def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Supervisor]:
+    """Of job 7. Its scontrol answers with the files job.1, job.2, ... in turn (an empty one: it does not answer) and node.*."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
-        f"#!/bin/sh\necho >> {tmp_path}/asked\n"
-        f'[ $(wc -l < {tmp_path}/asked) -gt 3 ] && echo "JobId=7 JobState=COMPLETING Restarts=1" && exit 0\n'
-        'echo "Unable to contact slurm controller" >&2; exit 1\n'
+        f"""#!/bin/sh
+cd {tmp_path}; echo "$*" >> calls
+case "$1 $2" in
+  "show config") echo "SlurmdTimeout = 300 sec"; exit 0;;
+  "show job"|"show node") ;;
+  *) exit 0;;
+esac
+n=$(grep -c "^$1 $2" calls)
+while [ ! -e "$2.$n" ]; do n=$((n-1)); done
+[ -s "$2.$n" ] || {{ echo "Unable to contact slurm controller" >&2; exit 1; }}
+cat "$2.$n"
+"""
     )
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        supervisor = _Supervisor(RunDir(tmp_path), [])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    yield _Supervisor(RunDir(tmp_path), [])
+    signal.signal(signal.SIGTERM, before)
+
+
+ENDED = "JobId=7 JobState=COMPLETING Restarts=1"
+OVER = "JobId=7 JobState=COMPLETING Restarts=0 Reason=TimeLimit"
+SCANCELLED = "JobId=7 JobState=COMPLETING Restarts=0"
+RUNS = "JobId=7 JobState=RUNNING Restarts=0"
+SILENT, DOWN = "State=IDLE", "State=DOWN*"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "nodes", "told", "requeued"),
+    [
+        ([RUNS, RUNS, ENDED], [SILENT], "requeued", False),
+        ([RUNS, "", "", ENDED], [SILENT, "", "", SILENT], "requeued", False),  # slurmctld does not answer for a while
+        ([RUNS, RUNS, OVER], [SILENT], "requeued", True),  # or the job would end with its time limit
+        ([RUNS, SCANCELLED], [SILENT], "cancelled", False),
+        ([RUNS], [SILENT, DOWN], "requeued", True),  # with --no-kill the job goes on without the node
+        ([RUNS, RUNS, ENDED], [DOWN], "requeued", True),
+    ],
+)  # fmt: skip
+def test_a_lost_node_is_waited_for_before_the_job_goes_back(
+    supervisor: _Supervisor, tmp_path: Path, jobs: list[str], nodes: list[str], told: str, requeued: bool
+) -> None:
+    with socket.socket() as nobody:  # bound, and it does not listen
+        nobody.bind(("127.0.0.1", 0))
+        for number, text in enumerate(jobs, 1):
+            (tmp_path / f"job.{number}").write_text(text)
+        for number, text in enumerate(nodes, 1):
+            line = f"NodeName=n2 NodeAddr=127.0.0.1 Port={nobody.getsockname()[1]} {text}" if text else ""
+            (tmp_path / f"node.{number}").write_text(line)
+        assert supervisor._requeue([], "node_failure", "lost n2", ["n2"]) == (told == "requeued")
+    assert [e.kind for e in read_events(supervisor.directory.events)] == ["node_lost", told]
+    assert ("requeue 7" in (tmp_path / "calls").read_text().splitlines()) == requeued
+
+
+def test_a_cancel_is_heard_while_a_lost_node_is_waited_for(supervisor: _Supervisor, tmp_path: Path) -> None:
+    (tmp_path / "job.1").write_text(RUNS)
+    (tmp_path / "node.1").write_text("NodeName=n2 NodeAddr=127.0.0.1 Port=1 State=IDLE")
+    supervisor.directory.cancelled.touch()
+    assert not supervisor._requeue([], "node_failure", "lost n2", ["n2"])
+    assert [e.kind for e in read_events(supervisor.directory.events)] == ["node_lost", "cancelled"]
+
+
+def test_while_slurmctld_is_mute_it_is_asked_again(supervisor: _Supervisor, tmp_path: Path) -> None:
+    """Else a requeue in which the ranks have saved would be told as a preemption."""
+    for number, text in enumerate(["", "", "", ENDED], 1):
+        (tmp_path / f"job.{number}").write_text(text)
     assert supervisor._details(lambda: False) is None  # the run is finished: it does not matter
     decision = decide(event("stopped"), 0, supervisor._details(lambda: True), False, 0, 3, 180.0)
     assert (decision.act, decision.cause) == ("release", "requeued")
