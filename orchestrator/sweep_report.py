@@ -24,6 +24,7 @@ from orchestrator.sweep import Journal, Point
 from orchestrator.sweep_slurm import live_points
 
 CURVE_POINTS = 150
+_UNKNOWN = "UNKNOWN"  # Slurm does not answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,14 @@ def _central(statement: CarbonStatement | None, name: str) -> float | None:
 def status(root: Path) -> list[dict[str, Any]]:
     """One row a point, in the journal's order."""
     points = Journal.read(root).points
-    live = live_points(root) or {}
+    live = _live(root, points)
     return [_status(root, point, live) for point in points]
+
+
+def _live(root: Path, points: Sequence[Point]) -> dict[str, str]:
+    """Slurm's word for each point; that nobody knows, for all, where it does not answer."""
+    found = live_points(root)
+    return {p.directory: _UNKNOWN for p in points} if found is None else found
 
 
 def _status(root: Path, point: Point, live: dict[str, str]) -> dict[str, Any]:
@@ -82,19 +89,21 @@ def _state(run_dir: RunDir, events: list[Event], slurms_word: str | None) -> tup
     """What it is, and why where it failed or was dropped.
 
     finished, running, queued (on Slurm), failed, dropped (by halving), stopped (saved, to go on), interrupted (without a word)
-    or waiting.
+    or waiting; unknown where Slurm does not answer.
     """
     if any(e.kind == "finished" for e in events):
         return "finished", ""
     if run_dir.is_at_work() or slurms_word == "RUNNING":
         return "running", ""
-    if slurms_word:
+    if slurms_word and slurms_word != _UNKNOWN:
         return "queued", ""
-    if not events:
-        return "waiting", ""
-    last = events[-1]
-    if last.kind in ("failed", "dropped"):
+    last = events[-1] if events else None
+    if last and last.kind in ("failed", "dropped"):
         return last.kind, last.detail.splitlines()[0]
+    if slurms_word == _UNKNOWN:
+        return "unknown", "squeue does not answer"
+    if last is None:
+        return "waiting", ""
     return ("stopped" if last.kind == "stopped" else "interrupted"), ""
 
 
@@ -133,7 +142,7 @@ def report(root: Path, overrides: Sequence[str] = ()) -> SweepReport:
         raise UserError(f"no point of {root} has begun: nothing to report")
     statements = account([accounted(run, overrides) for run in begun], ask_slurm=False)
     by_run = dict(zip(begun, statements, strict=False))
-    live = live_points(root) or {}
+    live = _live(root, points)
     found = [_point(root, p, {a: values[p.directory].get(a, "") for a in axes}, by_run, live) for p in points]
     found.sort(key=lambda p: p.held_out_loss if p.held_out_loss is not None and p.state == "finished" else math.inf)
     rows = [_status(root, p, live) for p in points]

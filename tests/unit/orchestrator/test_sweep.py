@@ -121,12 +121,18 @@ def test_added_values_run_alone_and_the_others_keep_their_directories(ran: list[
 
 
 def test_a_sweep_that_is_stopped_goes_on_with_the_same_command(
-    ran: list[str], capsys: pytest.CaptureFixture[str]
+    ran: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["model=nano", "name=lrs", "optim.lr=1e-3,0.25,2e-3"]
     assert sweep.launch_sweep(words) == 1
     assert "run the same command again" in capsys.readouterr().out
     assert len(ran) == 2
+    from orchestrator import sweep_report
+
+    assert [r["state"] for r in sweep_report.status(Path("runs/lrs"))][::2] == ["finished", "waiting"]
+    with monkeypatch.context() as mute:
+        mute.setattr(sweep_report, "live_points", lambda root: None)  # squeue does not answer
+        assert [r["state"] for r in sweep_report.status(Path("runs/lrs"))] == ["finished", "unknown", "unknown"]
     assert sweep.launch_sweep(words) == 0
     assert [name.split("-")[0] for name in ran[2:]] == ["lr=0.25", "lr=0.002"]
 
