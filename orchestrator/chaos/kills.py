@@ -95,6 +95,8 @@ def random_kills(number: int, seed: int, parallel: int, folder: Path | None, as_
                 console.print(f"  seed {own}: {dict(life.kills)}, {life.restarts} restarts: {said}")
                 rest = f", about {left} left" if done < number else ""
                 console.print(f"  {done:,} of {number:,} kills, {passed_s / max(1, done):.1f} s each{rest}")
+                if life.problem and not life.kills:  # no launch works here, and the next would fail alike
+                    return
 
     with ThreadPoolExecutor(parallel) as pool, ending_all():  # in this order: the pool waits for what this ends
         control, start_s = _control(root, steps)
