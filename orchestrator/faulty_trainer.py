@@ -97,7 +97,7 @@ class FaultyTrainer(Trainer):
             hook.remove()
 
     def save(self, wait: bool) -> None:
-        self.store._idle.wait(_SAVE_S)  # else it is skipped, and a fault costs more than lies between two saves
+        self.store.is_idle(_SAVE_S)  # else it is skipped, and a fault costs more than lies between two saves
         if self._strikes("kill_in_commit", self.step):
             self.store._commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
         super().save(wait)

@@ -286,6 +286,10 @@ class CheckpointStore:
         if self._fenced:
             raise Fenced(self._fenced)
 
+    def is_idle(self, within_s: float) -> bool:
+        """Whether no save is in flight, for which it waits so long."""
+        return self._idle.wait(within_s)
+
     @property
     def retry_due(self) -> bool:
         """Whether a save failed a while (checkpoint.retry_save_s) ago and none has begun since: save again at the next
@@ -559,7 +563,7 @@ class CheckpointStore:
     # --------------------------------------------------------------------------------------------------- together
 
     def _join(self) -> None:
-        if not self._idle.wait(self.config.write_timeout_s):
+        if not self.is_idle(self.config.write_timeout_s):
             self._event("save_failed", 0, f"still writing after {self.config.write_timeout_s:g} s: waiting no longer")
 
     def _fence(self, detail: str) -> None:

@@ -50,7 +50,7 @@ def test_dead_and_hung_ranks_are_restarted_told_and_leave_no_trace_in_the_losses
     assert "hung" in done.stdout
     stacks = (run_dir(workplace, name).root / held.data["stacks"]).read_text()
     assert "rank 0" in stacks
-    assert "next_batch" in stacks.split("rank 1")[0]  # the guilty one's stacks come first
+    assert "next_batch" in stacks.split("==> rank 1")[0]  # the guilty one's stacks come first
     log = next(run_dir(workplace, name).logs.glob("*_0_log.out")).read_text()
     assert "Segmentation fault" in log
 

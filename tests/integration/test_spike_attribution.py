@@ -32,7 +32,11 @@ def train(rank: int, layout: Layout, steps: int, faults: str) -> tuple[list[floa
             found.append({"step": step, "detail": detail, **data})
 
     store: Any = SimpleNamespace(
-        history_steps=list, load_latest=lambda state: None, save=lambda *_, **__: False, finish=lambda: None
+        history_steps=list,
+        load_latest=lambda state: None,
+        save=lambda *_, **__: False,
+        finish=lambda: None,
+        is_idle=lambda within_s: True,
     )
     store.retry_due = False
     trainer = make_trainer(rank, layout, steps, store, event, losses, kind=FaultyTrainer, faults=Path(faults))
