@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pa_json
 
-from orchestrator.record import StepRecord
+from orchestrator.record import StepRecord, unix_s
 
 Column = np.ndarray[tuple[int], np.dtype[np.float64]]
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -166,7 +166,7 @@ def _parsed_one_by_one(lines: bytes) -> StepColumns:
         try:
             value = json.loads(line)
             float(value["step"])
-            values.append((datetime.fromisoformat(value["time_utc"]).timestamp(), value))
+            values.append((unix_s(value["time_utc"]), value))
         except (ValueError, TypeError, KeyError):
             continue
     time_s = np.array([t for t, _ in values], dtype=np.float64)

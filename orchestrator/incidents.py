@@ -2,10 +2,9 @@
 
 import signal
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
 
 from orchestrator import spec as specs
-from orchestrator.record import Event, read_events, say
+from orchestrator.record import Event, read_events, say, unix_s
 from orchestrator.run_dir import RunDir
 from slurm.lead import Incident, Lead, Slow
 
@@ -32,20 +31,20 @@ def crashes_so_far(events: Sequence[Event], cause: str = "crash") -> int:
 def failures_so_far(events: Iterable[Event]) -> tuple[int, float]:
     """The starts that ended without a word (a crash, a hang, a lost node), and the seconds that all starts were at work: from
     "started" to their last event."""
-    begun: dict[int, datetime] = {}
-    last: dict[int, datetime] = {}
+    begun_s: dict[int, float] = {}
+    last_s: dict[int, float] = {}
     told: set[int] = set()  # how they ended
     for event in events:
         if event.attempt is None:
             continue
-        time = datetime.fromisoformat(event.time_utc)
+        time_s = unix_s(event.time_utc)
         if event.kind == "started":
-            begun[event.attempt] = time
-        last[event.attempt] = max(time, last.get(event.attempt, time))
+            begun_s[event.attempt] = time_s
+        last_s[event.attempt] = max(time_s, last_s.get(event.attempt, time_s))
         if event.kind in ("stopped", "finished", "failed"):
             told.add(event.attempt)
-    worked_s = sum((last[a] - begun[a]).total_seconds() for a in begun)
-    return len(begun.keys() - told), max(0.0, worked_s)
+    worked_s = sum(last_s[a] - begun_s[a] for a in begun_s)
+    return len(begun_s.keys() - told), max(0.0, worked_s)
 
 
 def step_on_disk(events: Sequence[Event]) -> int:

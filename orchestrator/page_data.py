@@ -19,11 +19,11 @@ from model.data.prepare import PreparedData
 from orchestrator import spec as specs
 from orchestrator.carbon_report import accounted
 from orchestrator.columns import StepColumns, StepReader, condensed
-from orchestrator.energy.attribution import CLASSES, Span, attempt_windows, timeline, unix_s
+from orchestrator.energy.attribution import CLASSES, Span, attempt_windows, timeline
 from orchestrator.energy.ledger import consumption, kind_of, read_ledger
 from orchestrator.energy.report import account
 from orchestrator.logs import log_errors
-from orchestrator.record import Event, read_events
+from orchestrator.record import Event, read_events, unix_s
 from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec
 

@@ -18,6 +18,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def unix_s(time_utc: str) -> float:
+    """The time of a record in seconds since 1970."""
+    return datetime.fromisoformat(time_utc).timestamp()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One optimizer step, as rank 0 saw it."""

@@ -3,12 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import pairwise
 
 from orchestrator.chaos.plan import Planned
 from orchestrator.chaos.stage import BATCH_TOKENS, Injection, Stage
-from orchestrator.record import StepRecord, kept_steps
+from orchestrator.record import StepRecord, kept_steps, unix_s
 
 _CLOSE = 2e-2  # of the loss: sums of bfloat16 products over other groups of rows
 
@@ -81,24 +80,26 @@ class _Span:
     def __init__(self, records: Sequence[StepRecord], done: Injection, until_s: float, alone: bool) -> None:
         mine = (lambda at_s: True) if alone else (lambda at_s: done.time_s < at_s <= until_s)
         kept = kept_steps(list(records))
-        before = [r for r in records if _time_s(r) <= done.time_s]
-        after = [r for r in kept if _time_s(r) > done.time_s]
+        before = [r for r in records if unix_s(r.time_utc) <= done.time_s]
+        after = [r for r in kept if unix_s(r.time_utc) > done.time_s]
         first = after[0].step if after else 0
         # where it ended a start: to the next one's first step, for the old one may have got a step further while it saved
         attempt = max((r.attempt for r in before), default=0)
-        good = [r for r in after if r.attempt > attempt and _time_s(r) <= until_s] or after
-        self.recovery_s = _time_s(good[0]) - done.time_s if good else None
+        good = [r for r in after if r.attempt > attempt and unix_s(r.time_utc) <= until_s] or after
+        self.recovery_s = unix_s(good[0].time_utc) - done.time_s if good else None
         # trained, and then trained again: each undone record is laid to the fault before the record that undid it
         self.repeated = 0
         lowest, undone_by = float("inf"), None
         for record in reversed(records):
             if record.step < lowest:
                 lowest, undone_by = record.step, record
-            elif undone_by is not None and mine(_time_s(undone_by)):
+            elif undone_by is not None and mine(unix_s(undone_by.time_utc)):
                 self.repeated += 1
-        self.skipped = sum((b.data_batch or 0) - (a.data_batch or 0) - 1 for a, b in pairwise(kept) if mine(_time_s(b)))
+        self.skipped = sum(
+            (b.data_batch or 0) - (a.data_batch or 0) - 1 for a, b in pairwise(kept) if mine(unix_s(b.time_utc))
+        )
         begin = 1 if alone else first
-        last = [r.step for r in after if _time_s(r) <= until_s]
+        last = [r.step for r in after if unix_s(r.time_utc) <= until_s]
         self.steps = [r for r in kept if begin <= r.step <= (last[-1] if last else 0)]
         self.before = before
 
@@ -127,7 +128,7 @@ def _detected(stage: Stage, planned: Planned, done: Injection, until_s: float, a
     """The first event, or line of a launch, that tells of it."""
     pattern = re.compile(planned.seen)
     for event in stage.events():
-        at_s = datetime.fromisoformat(event.time_utc).timestamp()
+        at_s = unix_s(event.time_utc)
         if (alone or done.time_s - 1 <= at_s <= until_s) and pattern.search(f"{event.kind}: {event.detail}"):
             return f"{event.kind}: {event.detail}"
     for launch in stage.launches:
@@ -136,7 +137,3 @@ def _detected(stage: Stage, planned: Planned, done: Injection, until_s: float, a
                 if pattern.search(line):
                     return f"launch: {line.strip()}"
     return ""
-
-
-def _time_s(record: StepRecord) -> float:
-    return datetime.fromisoformat(record.time_utc).timestamp()

@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +29,7 @@ from orchestrator.chaos.stage import TWO_RANKS, DidNotHold, Ended, Stage, ending
 from orchestrator.errors import Failure, UserError
 from orchestrator.faults import Fault
 from orchestrator.launch import last_record
-from orchestrator.record import kept_steps
+from orchestrator.record import kept_steps, unix_s
 
 _PER_RUN = 40  # kills of one run, those inside the ranks included
 _PAUSE_S = (0.1, 4.0)  # before a kill from outside
@@ -153,7 +152,7 @@ def _control(root: Path, steps: int) -> tuple[judge.Losses, float]:
     if stage.ended(launch) != 0:
         raise Failure(f"the run that nobody kills did not end well: {stage.last_words()}")
     records = stage.records()
-    return judge.losses(records), datetime.fromisoformat(records[0].time_utc).timestamp() - launch.began_s
+    return judge.losses(records), unix_s(records[0].time_utc) - launch.began_s
 
 
 def _live(root: Path, seed: int, share: int, steps: int, control: judge.Losses) -> Life:

@@ -8,13 +8,12 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from operator import itemgetter
 
 import numpy as np
 
 from orchestrator.energy.ledger import Interval
-from orchestrator.record import Event, StepRecord
+from orchestrator.record import Event, StepRecord, unix_s
 
 # `lost`: steps that a rewind or a crash undid. `startup`: from a start, a resume or a rewind to the next step.
 CLASSES = ("kept", "lost", "startup", "checkpoint", "evaluation", "idle")
@@ -42,10 +41,6 @@ class Span:
     start_s: float
     end_s: float
     kind: str  # one of CLASSES
-
-
-def unix_s(time_utc: str) -> float:
-    return datetime.fromisoformat(time_utc).timestamp()
 
 
 def attempt_windows(records: Sequence[StepRecord], events: Sequence[Event]) -> dict[int, tuple[float, float]]:

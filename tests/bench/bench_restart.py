@@ -4,19 +4,14 @@ import asyncio
 import json
 import statistics
 import threading
-from datetime import datetime
 from pathlib import Path
 
 from orchestrator.faults import Fault, write
-from orchestrator.record import read_all_steps, read_events
+from orchestrator.record import read_all_steps, read_events, unix_s
 from slurm.lead import Incident, Lead, Slow
 from tests.integration.words_run import launch, make_workplace, run_dir
 
 RANKS, KILLS = 8, 5
-
-
-def _time_s(time_utc: str) -> float:
-    return datetime.fromisoformat(time_utc).timestamp()
 
 
 def test_bench_restart(tmp_path: Path) -> None:
@@ -29,7 +24,7 @@ def test_bench_restart(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     steps, events = read_all_steps(run.records), read_events(run.events)
-    first_s = {r.attempt: _time_s(r.time_utc) for r in reversed(steps)}
+    first_s = {r.attempt: unix_s(r.time_utc) for r in reversed(steps)}
     struck_s = [(run.faults.with_suffix("") / str(n)).stat().st_mtime for n in range(KILLS)]
     again_s = [first_s[n + 2] - struck for n, struck in enumerate(struck_s)]
     forked_s = [e.data["seconds"] for e in events if e.kind == "restarted"]

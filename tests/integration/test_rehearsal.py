@@ -1,17 +1,15 @@
 """`arriero rehearse`, whole: a real Slurm comes up, the job lives through its three misfortunes, all goes down again."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.integration.conftest import require_slurm
-from tests.integration.words_run import arriero, make_workplace
+from tests.integration.words_run import COMMAND, arriero, environment, make_workplace
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -49,19 +47,20 @@ def test_a_rehearsal_that_is_ended_takes_its_cluster_down(tmp_path: Path) -> Non
     require_slurm()
     job = ["cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=2", "layout=fsdp", "layout.dp_shard=4"]
     with tempfile.TemporaryDirectory(prefix="r") as short:
-        words = [sys.executable, "-P", "-c", "import sys; from orchestrator.cli import main; sys.exit(main())"]
         rehearsal = subprocess.Popen(
-            [*words, "rehearse", "model=nano", *job], cwd=tmp_path, env={**os.environ, "TMPDIR": short},
+            [*COMMAND[:-1], "rehearse", "model=nano", *job], cwd=tmp_path, env={**environment(), "TMPDIR": short},
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert rehearsal.stdout is not None
         said = next(line for line in rehearsal.stdout if "submitted" in line)
         assert "held" in said
         (conf,) = Path(short).glob("arriero-rehearsal-*/cluster/slurm.conf")
+        its = f"SLURM_CONF={conf}".encode()  # in the environment of each of its daemons, steps and ranks
+        assert [p for p in Path("/proc").glob("[0-9]*/environ") if its in _read(p)]
         rehearsal.terminate()
         assert rehearsal.wait(60) == 128 + signal.SIGTERM
         assert not conf.exists()
-        assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(conf).encode() in _read(p)]
+        assert not [p for p in Path("/proc").glob("[0-9]*/environ") if its in _read(p)]
 
 
 def _read(path: Path) -> bytes:
