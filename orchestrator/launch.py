@@ -23,6 +23,7 @@ from dashboards.curve import loss_curve_svg
 from model.data.prepare import PreparedData, prepare
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
+from orchestrator.console import plain_console
 from orchestrator.energy.carbon import Start, greenest_start, read_series
 from orchestrator.errors import Failure, UserError
 from orchestrator.plan import forecast
@@ -61,7 +62,7 @@ _MAY_CHANGE = (
 
 def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> int:
     """Makes or finds the run directory, prepares the data, submits; on this machine also follows the run to its end."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain_console()
     asked, spec = spec.layout, forecast.resolved(spec)
     if missing := spec.model.not_built():
         raise UserError("\n".join(missing))

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator import spec as specs
+from orchestrator.console import plain_console
 from orchestrator.errors import UserError
 from orchestrator.record import Event, read_events
 from orchestrator.rehearse_rank import AXES, coordinates
@@ -59,7 +60,7 @@ def rehearse(spec: RunSpec, as_json: bool) -> int:
         )
     if spec.cluster.nodes + _SPARE_NODES > 999:
         raise UserError(f"cluster.nodes={spec.cluster.nodes}: a rehearsal takes at most {999 - _SPARE_NODES}")
-    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=as_json)
+    console = plain_console(quiet=as_json)
     dropped = [f"cluster.{n}={v}" for n in _SITES_OWN if (v := getattr(spec.cluster, n))]
     dropped += [f"cluster.sbatch.{k}={v}" for k, v in spec.cluster.sbatch.items()]
     dropped += [f"cluster.setup ({len(spec.cluster.setup)} lines)"] if spec.cluster.setup else []

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rich.console import Console
-
 from orchestrator import launch as launching
+from orchestrator.console import plain_console
 from orchestrator.errors import UserError
 from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
@@ -42,7 +41,7 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
     """Queues what is not queued yet and does not run. Raises UserError, Failure or CannotSubmit."""
     if not todo:
         return
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain_console()
     live = live_points(root)
     if live is None:
         raise CannotSubmit(

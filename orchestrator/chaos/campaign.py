@@ -21,6 +21,7 @@ from orchestrator.chaos.plan import PLAN, Planned
 from orchestrator.chaos.scenes import SCENES, Scene, Skipped
 from orchestrator.chaos.slurm_scenes import SLURM_SCENES, Cluster
 from orchestrator.chaos.stage import TWO_RANKS, DidNotHold, Stage, ending_all, make_workplace
+from orchestrator.console import plain_console
 from orchestrator.errors import UserError
 from slurm.virtual import VirtualCluster
 
@@ -41,7 +42,7 @@ def campaign(names: Sequence[str], seed: int, parallel: int, folder: Path | None
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--directory {folder} holds something already: choose an empty one")
     root = folder or Path(tempfile.mkdtemp(prefix="arriero-chaos-"))
-    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=as_json)
+    console = plain_console(quiet=as_json)
     started = time.monotonic()
     found = run(planned, root.resolve(), seed, parallel, console)
     passed = all(row.passed is not False for row in found)

@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from orchestrator import faults
 from orchestrator.chaos import judge
 from orchestrator.chaos.stage import TWO_RANKS, DidNotHold, Ended, Stage, ending_all, make_workplace
+from orchestrator.console import plain_console
 from orchestrator.errors import Failure, UserError
 from orchestrator.faults import Fault
 from orchestrator.launch import last_record
@@ -63,7 +62,7 @@ def random_kills(number: int, seed: int, parallel: int, folder: Path | None, as_
     """0 where every run came out as the control. Prints the account; keeps the directories of runs that did not."""
     if number < 1 or parallel < 1:
         raise UserError(f"--random {number} and --parallel {parallel} must be at least 1")
-    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=as_json)
+    console = plain_console(quiet=as_json)
     root = (folder or Path(tempfile.mkdtemp(prefix="arriero-kills-"))).resolve()
     lives: list[Life] = []
     in_work: dict[int, int] = {}  # seed -> its share of kills
