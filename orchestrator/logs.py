@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -75,6 +76,8 @@ def _tail(path: Path, lines: int) -> list[str]:
 
 def _growing(folder: Path, rank: int | None, seen: set[Path]) -> Iterator[tuple[Path, str]]:
     """What is written to the logs of a rank, or of all, from now on; a later job's file from its beginning."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file a rank
     with contextlib.ExitStack() as stack:
         files: dict[Path, TextIO] = {}
         while True:

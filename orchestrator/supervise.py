@@ -54,6 +54,7 @@ _BREATH_S = 8  # between the end of one start and the next
 _LOST_NODE_S = 75  # the same after a lost node: slurmstepd waits for its report, 60 s and 3 more a tree level
 _DOWN_LATE_S = 30  # after SlurmdTimeout, within which slurmctld holds a silent node for down
 _LATER_S = 60  # the same, after a fault that may pass: a file system that does not answer
+_REFUSALS = 60  # of a requeue, one a second, by a slurmctld that answers
 _MUTE_S = 3600  # for which slurmctld is asked again while it does not answer: nothing could be requeued without it
 _ENDS = ("finished", "stopped", "failed")
 _SRUN_ENDS_S = 60.0  # after its ranks, a tenth where a node may be gone; then it is ended, and this long later killed
@@ -186,7 +187,7 @@ class _Supervisor:
         self.directory, self.srun = directory, list(srun)
         self.job_id, self.restarts = job_id_of(os.environ), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self._terminated = self._interruptible = False
-        self._cancel_told = self._requeue_told = False
+        self._cancel_told = self._requeue_told = self._requeued = False
         self._posts: list[threading.Thread] = []
         signal.signal(signal.SIGTERM, self._note_term)
 
@@ -319,8 +320,9 @@ class _Supervisor:
             detail = f"{refused + 1} starts in a row had unfit nodes (last: {', '.join(out)}): a person must look"
             self._tell("failed", step_on_disk(events), f"unfit_node: {detail}", cause="unfit_node", job_id=self.job_id)
             return 1
-        if not self._requeue(events, why or "unfit_node", f"without {', '.join(out)}", [*queue.lost_among(out)]):
-            return 0
+        reason, lost = f"without {', '.join(out)}", [*queue.lost_among(out)]
+        if (ended := self._requeue(events, why or "unfit_node", reason, lost)) is not None:
+            return ended
         self._leave_out(spec, out)
         self._start_again(_BREATH_S)
         return 0
@@ -376,7 +378,8 @@ class _Supervisor:
         else:
             if decision.act == "requeue":
                 self._tell_requeue(events, decision.cause, decision.reason, self.restarts + 1)
-                _until_it_works(["scontrol", "requeue", self.job_id], 10)
+                until = time.monotonic() + 10
+                self._put_back(lambda: time.monotonic() < until)
             # after the last of the ranks; `_settle` makes it sooner
             self._start_in(queue.kill_wait_s() + _BREATH_S, 10)
             if queue.lost_among(expand_hostlist(os.environ.get("SLURM_JOB_NODELIST", ""))):
@@ -424,22 +427,44 @@ class _Supervisor:
                 self._tell("failed", step_on_disk(events), detail, cause=decision.cause, job_id=self.job_id)
             return 1
         # else the next start tells: the accounting knows who did it
-        again = decision.act == "requeue" and not self._requeue_told
-        if again and not self._requeue(events, decision.cause, decision.reason, lost):
-            return 0
+        again = decision.act == "requeue" and not self._requeued
+        if again and (ended := self._requeue(events, decision.cause, decision.reason, lost)) is not None:
+            return ended
         self._start_again(_LOST_NODE_S if lost else _BREATH_S)
         return 0
 
-    def _requeue(self, events: Sequence[Event], cause: str, reason: str, lost: Sequence[str] = ()) -> bool:
-        """Back into the queue, and tells it; False where the run was cancelled before that."""
+    def _requeue(self, events: Sequence[Event], cause: str, reason: str, lost: Sequence[str] = ()) -> int | None:
+        """Back into the queue, and tells it. The job's exit code where it ends instead: cancelled before that, or refused."""
         ended = self._await_down(lost) if lost else None
         if self.directory.cancelled.exists() or (ended and ended.act == "end"):
             self._tell_cancelled("cancelled after its ranks had ended")
-            return False
-        self._tell_requeue(events, cause, reason, self.restarts + 1)
-        if ended is None or ended.act == "requeue":
-            _until_it_works(["scontrol", "requeue", self.job_id])
-        return True
+            return 0
+        if not self._requeue_told:
+            self._tell_requeue(events, cause, reason, self.restarts + 1)
+        if (ended and ended.act == "release") or self._put_back(lambda: not self.directory.cancelled.exists()):
+            return None
+        if self.directory.cancelled.exists():
+            self._tell_cancelled("cancelled before Slurm had put it back into the queue")
+            return 0
+        detail = f"{cause}: Slurm has not put the job back into the queue: see its log, then `arriero resume`"
+        self._tell("failed", step_on_disk(events), detail, cause=cause, job_id=self.job_id)
+        return 1
+
+    def _put_back(self, matters: Callable[[], bool]) -> bool:
+        """Whether Slurm has put the job back into its queue. While that `matters` a slurmctld that does not answer is waited for,
+        and one that refuses gets a minute: the job may not yet be where it takes the command."""
+        refusals = 0
+        while not self._requeued:
+            code, _, error = queue.call("scontrol", "requeue", self.job_id)
+            job = self._details(matters) if code else None
+            self._requeued = not code or (job is not None and (job.restarts or 0) > self.restarts)
+            if not self._requeued:
+                refusals += 1
+                if refusals > _REFUSALS or not matters():
+                    print(f"{utc_now()} supervise: scontrol requeue {self.job_id}: {error}", flush=True)
+                    break
+                time.sleep(1.0)
+        return self._requeued
 
     def _await_down(self, lost: Sequence[str]) -> Decision | None:
         """Waits until slurmctld, too, holds these nodes for down, and what it has done to the job for it, if anything.
@@ -499,7 +524,11 @@ class _Supervisor:
                     "failed", 0, f"supervisor: it has failed {faults + 1} times: see the job's log", cause="supervisor"
                 )
                 return 1
-            _until_it_works(["scontrol", "requeue", self.job_id])
+            if not self._put_back(lambda: not self.directory.cancelled.exists()):
+                self._tell(
+                    "failed", 0, "supervisor: it has failed, and Slurm has not put the job back", cause="supervisor"
+                )
+                return 1
         self._start_in(_LATER_S)
         return 0
 

@@ -120,6 +120,7 @@ cd {tmp_path}; echo "$*" >> calls
 case "$1 $2" in
   "show config") echo "SlurmdTimeout = 300 sec"; exit 0;;
   "show job"|"show node") ;;
+  "requeue 7") [ "$(grep -c ^requeue calls)" -gt "$(cat refusals || echo 0)" ] && exit 0; echo refused >&2; exit 1;;
   *) exit 0;;
 esac
 n=$(grep -c "^$1 $2" calls)
@@ -164,7 +165,7 @@ def test_a_lost_node_is_waited_for_before_the_job_goes_back(
         for number, text in enumerate(nodes, 1):
             line = f"NodeName=n2 NodeAddr=127.0.0.1 Port={nobody.getsockname()[1]} {text}" if text else ""
             (tmp_path / f"node.{number}").write_text(line)
-        assert supervisor._requeue([], "node_failure", "lost n2", ["n2"]) == (told == "requeued")
+        assert supervisor._requeue([], "node_failure", "lost n2", ["n2"]) == (None if told == "requeued" else 0)
     assert [e.kind for e in read_events(supervisor.directory.events)] == ["node_lost", told]
     assert ("requeue 7" in (tmp_path / "calls").read_text().splitlines()) == requeued
 
@@ -173,8 +174,30 @@ def test_a_cancel_is_heard_while_a_lost_node_is_waited_for(supervisor: _Supervis
     (tmp_path / "job.1").write_text(RUNS)
     (tmp_path / "node.1").write_text("NodeName=n2 NodeAddr=127.0.0.1 Port=1 State=IDLE")
     supervisor.directory.cancelled.touch()
-    assert not supervisor._requeue([], "node_failure", "lost n2", ["n2"])
+    assert supervisor._requeue([], "node_failure", "lost n2", ["n2"]) == 0
     assert [e.kind for e in read_events(supervisor.directory.events)] == ["node_lost", "cancelled"]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "refusals", "exit_code", "told", "asked"),
+    [
+        ([RUNS], 2, None, ["requeued"], 3),
+        (["", "", "", "", RUNS], 1, None, ["requeued"], 2),  # slurmctld does not answer for a while
+        ([ENDED], 9, None, ["requeued"], 1),  # Slurm has done it itself
+        ([RUNS], 9, 1, ["requeued", "failed"], 3),
+    ],
+)
+def test_a_job_that_slurm_does_not_put_back_is_no_success(
+    supervisor: _Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    jobs: list[str], refusals: int, exit_code: int | None, told: list[str], asked: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("orchestrator.supervise._REFUSALS", 2)
+    (tmp_path / "refusals").write_text(str(refusals))
+    for number, text in enumerate(jobs, 1):
+        (tmp_path / f"job.{number}").write_text(text)
+    assert supervisor._requeue([], "preempted", "asked to stop") == exit_code
+    assert [e.kind for e in read_events(supervisor.directory.events)] == told
+    assert (tmp_path / "calls").read_text().count("requeue 7") == asked
 
 
 def test_while_slurmctld_is_mute_it_is_asked_again(supervisor: _Supervisor, tmp_path: Path) -> None:
