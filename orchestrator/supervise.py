@@ -451,8 +451,8 @@ class _Supervisor:
         return 1
 
     def _put_back(self, matters: Callable[[], bool]) -> bool:
-        """Whether Slurm has put the job back into its queue. While that `matters` a slurmctld that does not answer is waited for,
-        and one that refuses gets a minute: the job may not yet be where it takes the command."""
+        """Whether Slurm has put the job back into its queue. While that `matters` a slurmctld that does not answer is waited for
+        as in `_details`, and one that refuses gets a minute: the job may not yet be where it takes the command."""
         refusals = 0
         while not self._requeued:
             code, _, error = queue.call("scontrol", "requeue", self.job_id)
@@ -460,7 +460,7 @@ class _Supervisor:
             self._requeued = not code or (job is not None and (job.restarts or 0) > self.restarts)
             if not self._requeued:
                 refusals += 1
-                if refusals > _REFUSALS or not matters():
+                if job is None or refusals > _REFUSALS or not matters():  # None: mute to the end, or the job is unknown
                     print(f"{utc_now()} supervise: scontrol requeue {self.job_id}: {error}", flush=True)
                     break
                 time.sleep(1.0)
@@ -524,7 +524,7 @@ class _Supervisor:
                     "failed", 0, f"supervisor: it has failed {faults + 1} times: see the job's log", cause="supervisor"
                 )
                 return 1
-            if not self._put_back(lambda: not self.directory.cancelled.exists()):
+            if not self._put_back(lambda: True):  # the file system that could tell of a cancel may be what is at fault
                 self._tell(
                     "failed", 0, "supervisor: it has failed, and Slurm has not put the job back", cause="supervisor"
                 )

@@ -185,6 +185,7 @@ def test_a_cancel_is_heard_while_a_lost_node_is_waited_for(supervisor: _Supervis
         (["", "", "", "", RUNS], 1, None, ["requeued"], 2),  # slurmctld does not answer for a while
         ([ENDED], 9, None, ["requeued"], 1),  # Slurm has done it itself
         ([RUNS], 9, 1, ["requeued", "failed"], 3),
+        ([""], 9, 1, ["requeued", "failed"], 1),  # slurmctld does not answer until it is given up
     ],
 )
 def test_a_job_that_slurm_does_not_put_back_is_no_success(
@@ -192,6 +193,7 @@ def test_a_job_that_slurm_does_not_put_back_is_no_success(
     jobs: list[str], refusals: int, exit_code: int | None, told: list[str], asked: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("orchestrator.supervise._REFUSALS", 2)
+    monkeypatch.setattr("orchestrator.supervise._MUTE_S", 4)
     (tmp_path / "refusals").write_text(str(refusals))
     for number, text in enumerate(jobs, 1):
         (tmp_path / f"job.{number}").write_text(text)
