@@ -58,6 +58,7 @@ _REFUSALS = 60  # of a requeue, one a second, by a slurmctld that answers
 _MUTE_S = 3600  # for which slurmctld is asked again while it does not answer: nothing could be requeued without it
 _ENDS = ("finished", "stopped", "failed")
 _SRUN_ENDS_S = 60.0  # after its ranks, a tenth where a node may be gone; then it is ended, and this long later killed
+_WARNED = (128 + signal.SIGUSR2, 128 + signal.SIGUSR1)  # exit codes of what had no handler yet for Slurm's warning
 _SLURMS_WORDS: dict[str, Cause] = {
     "PREEMPTED": "preempted",
     "NODE_FAIL": "node_failure",
@@ -117,7 +118,7 @@ def decide(
         return Decision("requeue", "unknown", f"{last.detail}; slurmctld does not answer, so nobody knows why")
     if last is not None and last.kind == "stopped":
         return Decision("requeue", "timeout" if near_end else "preempted", last.detail)
-    if exit_code in (128 + signal.SIGUSR2, 128 + signal.SIGUSR1) and near_end:
+    if exit_code in _WARNED and near_end:
         return Decision("requeue", "timeout", "warned before the ranks were ready to save")
     if lost:  # srun is told before slurmctld has ended the job, and with --no-kill it does not end it
         return Decision("again" if elastic else "requeue", "node_failure", f"lost {', '.join(lost)}")
@@ -303,9 +304,14 @@ class _Supervisor:
         waited = f" in {wait_s:g} s" if code == 124 else f" (srun: exit code {code})"
         silent = [f"no answer{waited} {error[-200:]}".rstrip()]
         missing = {n: silent for n in nodes if n not in said}
-        if not said and (len(nodes) > 1 or code != 124):  # not one node has answered: srun or the check is at fault
-            self._tell("preflight", 0, f"the preflight could not be made, so no node is left out: {silent[0]}")
-            return {}
+        # Slurm's warning ends the check where Python has not yet begun to ignore it; where not one node has answered, srun or
+        # the check is at fault.
+        if missing and (code in _WARNED or (not said and (len(nodes) > 1 or code != 124))):
+            which = f"on {len(missing)} of {len(nodes)} nodes"
+            self._tell(
+                "preflight", 0, f"the preflight could not be made {which}, so none of them is left out: {silent[0]}"
+            )
+            missing = {}
         if len(unfit) == len(nodes) > 1:
             # Not one node is fit: the fault is the check's or the whole cluster's, and leaving all out would help nobody.
             self._tell("preflight", 0, f"no node passed the preflight, so none is left out: {unfit[nodes[0]][0]}")

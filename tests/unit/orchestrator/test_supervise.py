@@ -3,11 +3,13 @@
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from orchestrator import spec as specs
 from orchestrator.incidents import crashes_so_far
 from orchestrator.record import Event, read_events
 from orchestrator.run_dir import RunDir
@@ -238,3 +240,23 @@ def test_the_start_of_a_lost_node_leaves_the_job_alone_that_runs_elsewhere() -> 
     elsewhere = details("RUNNING", restarts=1)
     assert decide(None, 1, elsewhere, False, 0, 3, 180, restarts=0).act == "release"
     assert decide(None, 1, elsewhere, False, 0, 3, 180, restarts=1).act == "requeue"
+
+
+@pytest.mark.parametrize(("exit_code", "unfit"), [(140, []), (1, ["node002"])])
+def test_a_node_whose_preflight_the_warning_has_ended_is_not_unfit(
+    supervisor: _Supervisor, tmp_path: Path, exit_code: int, unfit: list[str]
+) -> None:
+    """Slurm's srun is a script: node001 answers, node002 does not."""
+    srun = tmp_path / "srun"
+    words = "import json, pathlib, sys; results = pathlib.Path(json.loads(sys.argv[-1])['results'])"
+    srun.write_text(
+        f"""#!{sys.executable}
+{words}
+(results / "node001.json").write_text("[]")
+sys.exit({exit_code})
+"""
+    )
+    srun.chmod(0o755)
+    assert list(supervisor._preflight(specs.compose([]), ["node001", "node002"])) == unfit
+    told = [e.detail for e in read_events(supervisor.directory.events) if e.kind == "preflight"]
+    assert ["could not be made on 1 of 2 nodes" in detail for detail in told] == ([] if unfit else [True])
