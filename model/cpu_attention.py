@@ -59,19 +59,26 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (grad_GTH,) = grads
         q_GTH, k_GTH, v_GTH, out, log_sum = ctx.saved_tensors
-        tokens, dtype = q_GTH.shape[1], q_GTH.dtype
-        delta = (grad_GTH.float() * out.float()).sum(dim=-1, keepdim=True)
-        grad_q, grad_k = [], torch.zeros(k_GTH.shape, dtype=torch.float32)
-        grad_v = torch.zeros(v_GTH.shape, dtype=torch.float32)
+        tokens, dtype, scale = q_GTH.shape[1], q_GTH.dtype, 1 / math.sqrt(q_GTH.shape[-1])
+        delta = (grad_GTH.float() * out.float()).sum(dim=-1, keepdim=True).transpose(1, 2)
+        log_sum = log_sum.transpose(1, 2)
         starts, block = _starts(tokens)
-        for start in starts:
-            end = min(start + block, tokens)
-            part = slice(start, end)
-            q, k, v, grad = q_GTH[:, part], k_GTH[:, :end], v_GTH[:, :end], grad_GTH[:, part]
-            weights = (_scores(q, k, start) - log_sum[:, part]).exp()
-            grad_weights = torch.bmm(grad, v.transpose(1, 2)).float()
-            grad_scores = (weights * (grad_weights - delta[:, part]) / math.sqrt(q.shape[-1])).to(dtype)
-            grad_q.append(torch.bmm(grad_scores, k))
-            grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q)
-            grad_v[:, :end] += torch.bmm(weights.to(dtype).transpose(1, 2), grad)
-        return torch.cat(grad_q, dim=1), grad_k.to(dtype), grad_v.to(dtype)
+        grads_q, grads_k, grads_v = [], [], []
+        for start in starts:  # of keys, which the queries from there on see
+            part = slice(start, min(start + block, tokens))
+            q, k, v, grad = q_GTH[:, start:], k_GTH[:, part], v_GTH[:, part], grad_GTH[:, start:]
+            # Keys by queries, as two of three products want them; and torch.compile would know the forward pass's scores
+            # again and keep them for this one.
+            scores_GKI = torch.bmm(k, q.transpose(1, 2)).float() * scale
+            keys, queries = scores_GKI.shape[1:]
+            seen = torch.arange(keys)[:, None] <= torch.arange(queries)[None, :]
+            weights = torch.where(seen, (scores_GKI - log_sum[:, :, start:]).exp(), 0.0)
+            grad_weights = torch.bmm(v, grad.transpose(1, 2)).float()
+            grad_scores = (weights * (grad_weights - delta[:, :, start:]) * scale).to(dtype)
+            grads_k.append(torch.bmm(grad_scores, q))
+            grads_v.append(torch.bmm(weights.to(dtype), grad))
+            grads_q.append(torch.bmm(grad_scores.transpose(1, 2), k))
+        grad_q = grads_q[0].float()
+        for start, more in list(zip(starts, grads_q, strict=True))[1:]:
+            grad_q = torch.cat([grad_q[:, :start], grad_q[:, start:] + more], dim=1)
+        return grad_q.to(dtype), torch.cat(grads_k, dim=1), torch.cat(grads_v, dim=1)

@@ -20,13 +20,19 @@ COMPILE_FLOPS = 1.5e14
 the first time (a dozen C++ kernels), seconds from the cache after that."""
 
 
+KEPT_BY_COMPILED_CPU = 0.8
+"""Of what torch.compile would keep of a layer for the backward pass. What costs least to have again goes: norms, the product in
+SwiGLU, matrices in bf16. A tenth of the memory, for a hundredth of a step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choices:
     """What was chosen, and why where a user may ask."""
 
     compile: bool  # layers and loss through torch.compile, one layer's code for all of them
-    async_tp: bool  # tensor parallel products in pieces, so that they overlap with their communication
     why: str
+    kept: float = 1.0  # of what compiled layers would keep for the backward pass
+    async_tp: bool = False  # tensor parallel products in pieces, so that they overlap with their communication
 
 
 def choose(device: torch.device, compile: str, rank_flops: float, layout: Layout) -> Choices:
@@ -37,22 +43,25 @@ def choose(device: torch.device, compile: str, rank_flops: float, layout: Layout
     by torch.compile, and the kernels of a model worth a GPU are longer than their launches.
     """
     if compile == "off":
-        return Choices(compile=False, async_tp=False, why="compile=off")
+        return Choices(compile=False, why="compile=off")
     if compile == "auto" and rank_flops < COMPILE_FLOPS:
-        return Choices(
-            compile=False, async_tp=False, why=f"a short run ({rank_flops:.1e} of {COMPILE_FLOPS:.0e} FLOPs a rank)"
-        )
+        return Choices(compile=False, why=f"a short run ({rank_flops:.1e} of {COMPILE_FLOPS:.0e} FLOPs a rank)")
     if compile == "auto" and (layout.gpus > 1 or layout.recompute != "none"):
         why = "compiled code is not tested with several ranks or recomputation: compile=on tries it"
-        return Choices(compile=False, async_tp=False, why=why)
+        return Choices(compile=False, why=why)
     if failed := _compile_fails(device):
-        return Choices(compile=False, async_tp=False, why=f"torch.compile does not work here: {failed}")
+        return Choices(compile=False, why=f"torch.compile does not work here: {failed}")
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return Choices(compile=True, async_tp=hopper and layout.tp > 1, why="compiled")
+    kept = KEPT_BY_COMPILED_CPU if device.type == "cpu" and layout.recompute == "none" else 1.0
+    return Choices(compile=True, kept=kept, async_tp=hopper and layout.tp > 1, why="compiled")
 
 
 def prepare(choices: Choices, mesh: DeviceMesh | None) -> None:
     """Tells torch, once, before the model is built."""
+    if choices.compile:
+        import torch._functorch.config
+
+        torch._functorch.config.activation_memory_budget = choices.kept
     if choices.async_tp and mesh is not None:
         import torch._inductor.config
         from torch.distributed._symmetric_memory import enable_symm_mem_for_group

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 24  # logits alive at a time: 64 MiB of fp32
-COMPILED_CHUNK_LOGITS = 1 << 26  # 128 MiB of bf16: compiled code turns them into their gradient in place
+COMPILED_CHUNK_LOGITS = 1 << 26
 
 
 def chunked_cross_entropy(
@@ -54,12 +54,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_MD) if want_hidden else None
         grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
-        to_gradient = _compiled_to_gradient() if compiled else _to_gradient
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
-            loss, grad_logits = to_gradient(
-                hidden_MD[part] @ weight_VD.T, targets_M[part], group, want_hidden or want_weight
-            )
+            logits = hidden_MD[part] @ weight_VD.T
+            if compiled:
+                loss, grad_logits = _to_gradient_in_place(logits, targets_M[part])
+            else:
+                loss, grad_logits = _to_gradient(logits, targets_M[part], group, want_hidden or want_weight)
             total += loss
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[part])
@@ -108,22 +109,27 @@ def _to_gradient(
 
 
 def _to_gradient_in_place(logits_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for compiled code: the target is found by comparison, so that all is one pass over each row, in its place."""
-    counted, logits = targets_M >= 0, logits_MV.float()
+    """The same for compiled code: softmax in one kernel over each row, in its place, and the targets by themselves."""
+    counted, at_target = targets_M >= 0, (torch.arange(len(targets_M), device=targets_M.device), targets_M.clamp(min=0))
+    target_logit = logits_MV[at_target].float()
+    log_sum = _compiled_softmax()(logits_MV, counted)
+    gradient = (target_logit - log_sum).expm1()  # in fp32: the probability of a target may be near 1
+    logits_MV[at_target] = torch.where(counted, gradient, 0.0).to(logits_MV.dtype)
+    return torch.where(counted, log_sum - target_logit, 0.0).sum(), logits_MV
+
+
+def _softmax_in_place(logits_MV: Tensor, counted_M: Tensor) -> Tensor:
+    """Turns logits into probabilities, into zeros in rows that are not counted. Returns the log of the sum of exponentials."""
+    logits = logits_MV.float()
     highest = logits.amax(dim=-1, keepdim=True)
     log_sum = (logits - highest).exp().sum(dim=-1, keepdim=True).log() + highest
-    is_target = torch.arange(logits.shape[1], device=logits.device) == targets_M[:, None]
-    target_logit = logits_MV.gather(1, targets_M.clamp(min=0)[:, None]).float()
-    loss = torch.where(counted, (log_sum - target_logit)[:, 0], 0.0).sum()
-    gradient = (logits - log_sum).exp() - is_target.float()
-    logits_MV.copy_(torch.where(counted[:, None], gradient, 0.0))
-    return loss, logits_MV
+    logits_MV.copy_((logits - torch.where(counted_M[:, None], log_sum, math.inf)).exp())
+    return log_sum[:, 0]
 
 
 @cache
-def _compiled_to_gradient() -> Callable[..., tuple[Tensor, Tensor]]:
-    compiled = torch.compile(_to_gradient_in_place, dynamic=False)
-    return lambda logits_MV, targets_M, group, want_gradient: compiled(logits_MV, targets_M)
+def _compiled_softmax() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(_softmax_in_place, dynamic=False)
 
 
 def _over_ranks(log_sum_M: Tensor, target_logit_M: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -376,13 +376,8 @@ def training_state(model: Transformer | Pipeline, optimizer: torch.optim.Optimiz
             module.reshard()
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        moments = optimizer.state[parameter]
-        if not moments:  # as AdamW itself would at its first step
-            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            moments["exp_avg"] = torch.zeros_like(parameter)
-            moments["exp_avg_sq"] = torch.zeros_like(parameter)
         state[f"model.{name}"] = parameter.detach()
-        for key, value in moments.items():
+        for key, value in optimizer.state[parameter].items():
             state[f"optim.{name}.{key}"] = value
     return state
 

@@ -1,10 +1,13 @@
 """Whole training steps against peers, in one run: `make bench`, or this file by itself.
 
-    python tests/bench/bench_speed.py [--shape S] [--rounds 2] [--steps 6] [--contenders arriero litgpt] [--into FILE]
+    python tests/bench/bench_speed.py [--shape S] [--rounds 2] [--steps 6] [--contenders arriero litgpt] [--precision bf16]
+        [--into FILE]
+    python tests/bench/speed_step.py arriero S tuned 0 bf16    where one step of one contender goes
 
 Every contender runs in a process of its own, one after the other, `rounds` times around: as it comes out of the box, and tuned
 (torch.compile, and jemalloc with decay off and huge pages). Ours is what `arriero launch` gives, without jemalloc: it keeps
-glibc's heap itself. Prints medians, the share of others in the processor's time, peak memory and ratios to the best peer.
+glibc's heap itself. All compute in bf16 where the processor has it, else in fp32, as precision=auto would. Prints medians, the
+share of others in the processor's time, peak memory and ratios to the best peer.
 """
 
 import argparse
@@ -18,12 +21,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE.parents[1] / ".venv" / "peers"
 PEERS = ("litgpt", "torchtitan", "transformers")
 # Each without its dependencies, and then what its model needs: none may bring another torch.
 PACKAGES = ("litgpt==0.5.13", "torchtitan==0.2.2", "transformers", "lightning-utilities", "jsonargparse", "psutil")
-PACKAGES += ("triton", "torchdata", "tensorboard", "absl-py", "grpcio", "tyro", "docstring_parser", "typeguard")
+PACKAGES += (
+    "lightning",
+    "pytorch-lightning",
+    "torchmetrics",
+    "triton",
+    "torchdata",
+    "tensorboard",
+    "absl-py",
+    "grpcio",
+    "tyro",
+    "docstring_parser",
+    "typeguard",
+)
 JEMALLOC = "libjemalloc.so.2"
 DECAY_OFF = "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 FLOOR_BYTES = 16  # a parameter, its gradient and AdamW's two moments in fp32
@@ -33,8 +50,6 @@ def peers_python() -> str:
     """The interpreter of the peers' environment, made on first use; it sees this environment's torch."""
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
-        import torch
-
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, *PACKAGES], check=True)
@@ -43,13 +58,23 @@ def peers_python() -> str:
     return str(python)
 
 
-def measure(contender: str, shape: str, tuned: bool, steps: int, jemalloc: str | None) -> dict[str, Any]:
+def measure(
+    contender: str, shape: str, tuned: bool, steps: int, precision: str, jemalloc: str | None
+) -> dict[str, Any]:
     """One process of one contender. Raises RuntimeError with the end of what it said where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     if tuned and contender != "arriero" and jemalloc:
         environment |= {"LD_PRELOAD": jemalloc, "MALLOC_CONF": DECAY_OFF}
     python = sys.executable if contender == "arriero" else peers_python()
-    command = [python, str(HERE / "speed_step.py"), contender, shape, "tuned" if tuned else "stock", str(steps)]
+    command = [
+        python,
+        str(HERE / "speed_step.py"),
+        contender,
+        shape,
+        "tuned" if tuned else "stock",
+        str(steps),
+        precision,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{contender} {shape}: {done.stderr.strip()[-2000:]}")
@@ -107,17 +132,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="*", default=["tuned", "stock"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--into", type=Path, help="results are added to this file, one JSON line a process")
     chosen = parser.parse_args(arguments)
     jemalloc = find_jemalloc()
     if jemalloc is None:
         print("no libjemalloc.so.2 (Debian: libjemalloc2; or set JEMALLOC): tuned peers run with glibc as it is")
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    precision = ("bf16" if has_bf16 else "fp32") if chosen.precision == "auto" else chosen.precision
+    print(f"all in {precision}" + ("" if has_bf16 or precision == "fp32" else ", which this processor emulates"))
     results = []
     for shape in chosen.shape:
         for _ in range(chosen.rounds):
             for kind in chosen.kinds:
                 for contender in chosen.contenders:
-                    results.append(measure(contender, shape, kind == "tuned", chosen.steps, jemalloc))
+                    results.append(measure(contender, shape, kind == "tuned", chosen.steps, precision, jemalloc))
                     if chosen.into:
                         with chosen.into.open("a") as file:
                             file.write(json.dumps(results[-1]) + "\n")

@@ -1,7 +1,7 @@
 """One contender of bench_speed.py, in a process of its own: whole training steps (forward, backward, clipping, AdamW).
 
-`python speed_step.py CONTENDER SHAPE TUNED STEPS` prints one JSON line. Peers run in the environment that bench_speed.py makes,
-which shares this project's torch and nothing else.
+`python speed_step.py CONTENDER SHAPE TUNED STEPS PRECISION` prints one JSON line; with 0 steps, where one goes. Peers run in the
+environment that bench_speed.py makes, which shares this project's torch and nothing else.
 """
 
 import json
@@ -58,8 +58,9 @@ def litgpt(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
 def torchtitan(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
     from unittest import mock
 
-    with mock.patch.dict(sys.modules, {"datasets": mock.MagicMock(), "datasets.distributed": mock.MagicMock()}):
-        from torchtitan.models.llama3 import Transformer, TransformerModelArgs  # its data loader is not asked for
+    for absent in ("datasets", "datasets.distributed"):  # its data loader is not asked for
+        sys.modules[absent] = mock.MagicMock()
+    from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
     args = TransformerModelArgs(
         dim=shape["dim"],
@@ -92,7 +93,7 @@ def transformers(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
     return LlamaForCausalLM(config)
 
 
-def peer(name: str, shape: dict[str, int], tuned: bool) -> Callable[[Tensor], float]:
+def peer(name: str, shape: dict[str, int], tuned: bool, bf16: bool) -> Callable[[Tensor], float]:
     """A peer's model in the recipe that all three document: bf16 autocast, mean cross-entropy, clipping, fused AdamW."""
     model: Any = {"litgpt": litgpt, "torchtitan": torchtitan, "transformers": transformers}[name](shape)
     with torch.no_grad():
@@ -108,7 +109,7 @@ def peer(name: str, shape: dict[str, int], tuned: bool) -> Callable[[Tensor], fl
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 
     def step(rows: Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = compiled(rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -119,7 +120,7 @@ def peer(name: str, shape: dict[str, int], tuned: bool) -> Callable[[Tensor], fl
     return step
 
 
-def arriero(shape: dict[str, int], tuned: bool) -> Callable[[Tensor], float]:
+def arriero(shape: dict[str, int], tuned: bool, bf16: bool) -> Callable[[Tensor], float]:
     """What the trainer's ranks run (model/train.py), without data and records."""
     from model.config import ModelConfig, OptimConfig
     from model.device import choose, keep_memory, prepare
@@ -142,7 +143,7 @@ def arriero(shape: dict[str, int], tuned: bool) -> Callable[[Tensor], float]:
     if tuned:
         keep_memory(device)
     prepare(choices, None)
-    model = build_model(config, layout, Ranks(device), torch.bfloat16, 1, choices.compile)
+    model = build_model(config, layout, Ranks(device), torch.bfloat16 if bf16 else torch.float32, 1, choices.compile)
     optim = OptimConfig(name="bench", lr=LR, warmup_steps=0, batch_sequences=shape["batch"])
     optimizer = make_optimizer(model, optim)
     tokens = shape["batch"] * shape["sequence"]
@@ -165,11 +166,25 @@ def cpu_s() -> tuple[float, float]:
     return own, (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def main(name: str, shape_name: str, tuned: bool, steps: int) -> None:
+def breakdown(step: Callable[[], float]) -> str:
+    """Where one step's processor time goes, by kernel; compiled ones are named for what they fuse."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    kernels = sorted(profile.key_averages(), key=lambda k: -k.self_cpu_time_total)
+    whole = sum(k.self_cpu_time_total for k in kernels)
+    shown = [f"{k.self_cpu_time_total / whole:7.1%} {k.count:>5} x {k.key[:90]}" for k in kernels[:24]]
+    return "\n".join(shown)
+
+
+def main(name: str, shape_name: str, tuned: bool, steps: int, bf16: bool) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     torch.manual_seed(1)
     shape = SHAPES[shape_name]
-    step = arriero(shape, tuned) if name == "arriero" else peer(name, shape, tuned)
+    if steps == 0:
+        from torch._inductor import config as inductor
+
+        inductor.cpp.enable_kernel_profile = True
+    step = arriero(shape, tuned, bf16) if name == "arriero" else peer(name, shape, tuned, bf16)
     # Zipf's law, as words have it: there is something to learn, and every contender sees the same rows.
     probabilities = 1.0 / torch.arange(1, shape["vocab_size"] + 1)
     generator = torch.Generator().manual_seed(2)
@@ -182,6 +197,9 @@ def main(name: str, shape_name: str, tuned: bool, steps: int) -> None:
     for _ in range(WARM_STEPS):
         losses.append(step(rows()))
     warm_s = time.perf_counter() - began
+    if steps == 0:
+        print(breakdown(lambda: step(rows())))
+        return
     measured = []
     for _ in range(steps):
         batch = rows()
@@ -209,4 +227,4 @@ def main(name: str, shape_name: str, tuned: bool, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] == "tuned", int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3] == "tuned", int(sys.argv[4]), sys.argv[5] == "bf16")

@@ -8,7 +8,7 @@ import torch
 
 from model import device as device_module
 from model.config import ModelConfig
-from model.device import COMPILE_FLOPS, choose
+from model.device import COMPILE_FLOPS, Choices, choose, prepare
 from model.layout import Layout
 from model.transformer import Transformer
 
@@ -80,3 +80,34 @@ def test_compiled_training_computes_the_same_and_repeats_bit_by_bit() -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
         assert torch.equal(found[name], again[name])
+
+
+@pytest.mark.slow
+def test_compiled_layers_keep_no_attention_scores_and_less_than_torch_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)  # put back after the test
+    config = ModelConfig(name="t", dim=64, n_layers=2, n_heads=4, ffn_dim=160, vocab_size=97, sequence_length=256)
+    tokens = torch.randint(0, 97, (2, 257), generator=torch.Generator().manual_seed(2))
+    scores = 2 * config.n_heads * 128 * 256  # of the last block of queries
+
+    def kept_bytes(choices: Choices) -> int:
+        torch._dynamo.reset()
+        prepare(choices, None)
+        model = Transformer(config, torch.bfloat16)
+        model.initialize(seed=1)
+        model.compile_training()
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                assert tensor.numel() < scores
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(tokens[:, :-1], tokens[:, 1:])
+        return sum(kept.values())
+
+    chosen = choose(CPU, "on", 0.0, ONE_RANK)
+    assert kept_bytes(chosen) < 0.85 * kept_bytes(Choices(compile=True, why="as torch would"))

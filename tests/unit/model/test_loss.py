@@ -25,6 +25,22 @@ def test_loss_and_gradients_equal_cross_entropy(monkeypatch: pytest.MonkeyPatch,
     torch.testing.assert_close(weight.grad, twins[1].grad)
 
 
+def test_compiled_equals_plain_also_where_a_target_is_nearly_certain() -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(24, 32).bfloat16(), torch.randn(300, 32), torch.randint(0, 300, (24,))
+    weight[7] = 2 * hidden[5].float()  # the logit of token 7 in row 5 stands far above the others
+    targets[5], targets[9] = 7, -100
+    results = []
+    for compiled in (False, True):
+        ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+        loss = chunked_cross_entropy(*ours, targets, compiled=compiled)
+        (loss * 0.5).backward()
+        results.append([loss.detach(), *(x.grad for x in ours)])
+    for plain, made in zip(*results, strict=True):
+        torch.testing.assert_close(made, plain, rtol=1e-2, atol=1e-6)
+    assert results[1][1][9].abs().max() == 0 < results[1][1][5].abs().max()
+
+
 def test_never_holds_all_logits() -> None:
     rows, vocabulary, width = 4096, 8192, 8  # all logits: 128 MiB
     hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
