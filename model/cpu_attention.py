@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 128  # queries at a time, at least: their scores stay in the cache
+BLOCK = 128  # queries (backward: keys) at a time, at least: their scores stay in the cache
 BLOCKS = 8  # and at most so many blocks: each is compiled by itself
 
 
@@ -62,9 +62,9 @@ class _BlockAttention(torch.autograd.Function):
         tokens, dtype, scale = q_GTH.shape[1], q_GTH.dtype, 1 / math.sqrt(q_GTH.shape[-1])
         delta = (grad_GTH.float() * out.float()).sum(dim=-1, keepdim=True).transpose(1, 2)
         log_sum = log_sum.transpose(1, 2)
+        grad_q, grads_k, grads_v = grad_GTH[:, tokens:].float(), [], []
         starts, block = _starts(tokens)
-        grads_q, grads_k, grads_v = [], [], []
-        for start in starts:  # of keys, which the queries from there on see
+        for start in reversed(starts):  # of keys, which the queries from there on see
             part = slice(start, min(start + block, tokens))
             q, k, v, grad = q_GTH[:, start:], k_GTH[:, part], v_GTH[:, part], grad_GTH[:, start:]
             # Keys by queries, as two of three products want them; and torch.compile would know the forward pass's scores
@@ -77,8 +77,6 @@ class _BlockAttention(torch.autograd.Function):
             grad_scores = (weights * (grad_weights - delta[:, :, start:]) * scale).to(dtype)
             grads_k.append(torch.bmm(grad_scores, q))
             grads_v.append(torch.bmm(weights.to(dtype), grad))
-            grads_q.append(torch.bmm(grad_scores.transpose(1, 2), k))
-        grad_q = grads_q[0].float()
-        for start, more in list(zip(starts, grads_q, strict=True))[1:]:
-            grad_q = torch.cat([grad_q[:, :start], grad_q[:, start:] + more], dim=1)
-        return grad_q.to(dtype), torch.cat(grads_k, dim=1), torch.cat(grads_v, dim=1)
+            more = torch.bmm(grad_scores.transpose(1, 2), k).float()
+            grad_q = torch.cat([more[:, :keys], more[:, keys:] + grad_q], dim=1)
+        return grad_q.to(dtype), torch.cat(grads_k[::-1], dim=1), torch.cat(grads_v[::-1], dim=1)

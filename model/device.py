@@ -21,8 +21,8 @@ the first time (a dozen C++ kernels), seconds from the cache after that."""
 
 
 KEPT_BY_COMPILED_CPU = 0.8
-"""Of what torch.compile would keep of a layer for the backward pass. What costs least to have again goes: norms, the product in
-SwiGLU, matrices in bf16. A tenth of the memory, for a hundredth of a step."""
+"""At most, of what torch.compile would keep of a layer for the backward pass beside its inputs. What costs least to have again
+goes: norms, the product in SwiGLU, matrices in bf16. docs/speed.md has what that saves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Choices:
 
     compile: bool  # layers and loss through torch.compile, one layer's code for all of them
     why: str
-    kept: float = 1.0  # of what compiled layers would keep for the backward pass
+    kept: float = 1.0  # at most, of what compiled layers would keep for the backward pass
     async_tp: bool = False  # tensor parallel products in pieces, so that they overlap with their communication
 
 

@@ -14,8 +14,8 @@ from model.config import OptimConfig
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW on CPU and CUDA, with its state. Norms are vectors: they are not decayed.
 
-    The moments are made here, not in the first step as AdamW would: there they would take their places among activations
-    that come and go, and no step after it would find a large piece of memory whole.
+    The moments are made here, not in the first step as AdamW would: a checkpoint finds them before any step, and in memory they
+    do not lie among activations that come and go.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -26,8 +26,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
 

@@ -280,7 +280,8 @@ class _Supervisor:
         return [*options, f"--nodelist={','.join(fit[:wanted])}"] if wanted < len(nodes) else options
 
     def _preflight(self, spec: specs.RunSpec, nodes: Sequence[str]) -> dict[str, list[str]]:
-        """Checks these nodes, all at once: the unfit ones, and why. A node that says nothing is unfit only where others do."""
+        """Checks these nodes, all at once: the unfit ones, and why. A node that says nothing is unfit only where others do,
+        and where Slurm's warning has not ended its check."""
         results = self.directory.root / "preflight" / f"{self.job_id}-{self.restarts}"
         results.mkdir(parents=True, exist_ok=True)
         wait_s = _PREFLIGHT_S + len(nodes) / 4

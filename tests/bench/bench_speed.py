@@ -48,13 +48,14 @@ FLOOR_BYTES = 16  # a parameter, its gradient and AdamW's two moments in fp32
 
 def peers_python() -> str:
     """The interpreter of the peers' environment, made on first use; it sees this environment's torch."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
+    python, installed = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "installed"
+    if not installed.exists() or installed.read_text() != " ".join(PACKAGES):
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, *PACKAGES], check=True)
         (site,) = ENVIRONMENT.glob("lib/python*/site-packages")
         (site / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+        installed.write_text(" ".join(PACKAGES))
     return str(python)
 
 
@@ -139,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if jemalloc is None:
         print("no libjemalloc.so.2 (Debian: libjemalloc2; or set JEMALLOC): tuned peers run with glibc as it is")
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if chosen.steps < 1:
+        parser.error("--steps must be at least 1")
     precision = ("bf16" if has_bf16 else "fp32") if chosen.precision == "auto" else chosen.precision
     print(f"all in {precision}" + ("" if has_bf16 or precision == "fp32" else ", which this processor emulates"))
     results = []
@@ -152,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             file.write(json.dumps(results[-1]) + "\n")
     if chosen.into:
         results = [json.loads(line) for line in chosen.into.read_text().splitlines()]
+        results = [r for r in results if r["precision"] == precision]
     print("\n" + table(results))
 
 

@@ -1,7 +1,9 @@
 """One contender of bench_speed.py, in a process of its own: whole training steps (forward, backward, clipping, AdamW).
 
-`python speed_step.py CONTENDER SHAPE TUNED STEPS PRECISION` prints one JSON line; with 0 steps, where one goes. Peers run in the
-environment that bench_speed.py makes, which shares this project's torch and nothing else.
+`python speed_step.py CONTENDER SHAPE TUNED STEPS PRECISION [without_products]` prints a JSON line; with 0 steps, where one goes.
+`without_products` fills matrix products with a constant: memory, and the time of all else, on a processor that would take
+minutes for a step in bf16 (the fused attention of peers still computes its own). Peers run in the environment that
+bench_speed.py makes, which shares this project's torch and nothing else.
 """
 
 import json
@@ -58,7 +60,10 @@ def litgpt(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
 def torchtitan(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
     from unittest import mock
 
-    for absent in ("datasets", "datasets.distributed"):  # its data loader is not asked for
+    for absent in (
+        "datasets",
+        "datasets.distributed",
+    ):  # its data loader is not asked for; taken back, torch loads twice
         sys.modules[absent] = mock.MagicMock()
     from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
@@ -166,6 +171,18 @@ def cpu_s() -> tuple[float, float]:
     return own, (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
+def without_products() -> None:
+    """Products, also of compiled code, write a constant instead."""
+    from torch._inductor.select_algorithm import extern_kernels
+
+    def fill(a: Tensor, b: Tensor, out: Tensor | None = None, **_: Any) -> Tensor:
+        out = a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out
+        return out.fill_(0.001)
+
+    extern_kernels.mm = extern_kernels.bmm = fill
+    torch.mm = Tensor.__matmul__ = fill  # type: ignore[assignment,method-assign]
+
+
 def breakdown(step: Callable[[], float]) -> str:
     """Where one step's processor time goes, by kernel; compiled ones are named for what they fuse."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -176,9 +193,11 @@ def breakdown(step: Callable[[], float]) -> str:
     return "\n".join(shown)
 
 
-def main(name: str, shape_name: str, tuned: bool, steps: int, bf16: bool) -> None:
+def main(name: str, shape_name: str, tuned: bool, steps: int, bf16: bool, products: bool) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     torch.manual_seed(1)
+    if not products:
+        without_products()
     shape = SHAPES[shape_name]
     if steps == 0:
         from torch._inductor import config as inductor
@@ -214,6 +233,7 @@ def main(name: str, shape_name: str, tuned: bool, steps: int, bf16: bool) -> Non
                 "contender": name,
                 "shape": shape_name,
                 "tuned": tuned,
+                "precision": ("bf16" if bf16 else "fp32") + ("" if products else " without products"),
                 "tokens": shape["batch"] * shape["sequence"],
                 "step_s": [s for s, _, _ in measured],
                 "others": [o for _, o, _ in measured],
@@ -227,4 +247,13 @@ def main(name: str, shape_name: str, tuned: bool, steps: int, bf16: bool) -> Non
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] == "tuned", int(sys.argv[4]), sys.argv[5] == "bf16")
+    if sys.argv[5] not in ("bf16", "fp32"):
+        sys.exit(f"precision {sys.argv[5]} is neither bf16 nor fp32")
+    main(
+        sys.argv[1],
+        sys.argv[2],
+        sys.argv[3] == "tuned",
+        int(sys.argv[4]),
+        sys.argv[5] == "bf16",
+        sys.argv[6:] != ["without_products"],
+    )

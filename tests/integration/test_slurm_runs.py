@@ -93,7 +93,7 @@ def timed_out(runs: Runs) -> str:
     """Launched first and waited for last: it spends most of its time in other tests' shadow. slurmctld looks every 30 s and
     warns up to that much early: 10 to 40 s after the start, so that a slow machine gets some steps further, too."""
     limit = ["cluster.time_limit_min=1", "cluster.warn_s=20", f"cluster.nodelist='{ITS_NODES}'"]
-    runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=0.8),))
+    runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=1.0),))
     return "timed_out"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.attention import causal_attention, reference_attention
-from model.cpu_attention import BLOCK, block_attention
+from model.cpu_attention import BLOCK, BLOCKS, block_attention
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -38,7 +38,7 @@ def test_no_attention_weights_are_stored_for_the_backward_pass() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("tokens", [1, BLOCK, 2 * BLOCK + 5])
+@pytest.mark.parametrize("tokens", [1, BLOCK, 2 * BLOCK + 5, BLOCKS * BLOCK + 5])
 def test_in_blocks_equals_reference(dtype: torch.dtype, tolerance: float, tokens: int) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(2, tokens, 3, 16, dtype=dtype, requires_grad=True) for _ in range(3)]

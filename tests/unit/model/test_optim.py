@@ -33,6 +33,26 @@ def test_only_matrices_decay() -> None:
     assert len(kept["params"]) == 3
 
 
+def test_the_state_made_at_once_is_what_adamw_would_make_at_its_first_step() -> None:
+    config = ModelConfig(name="t", dim=16, n_layers=1, n_heads=2, ffn_dim=32, vocab_size=32, sequence_length=8)
+    ends = []
+    for lazy in (False, True):
+        model = Transformer(config)
+        model.initialize(seed=1)
+        optimizer = make_optimizer(model, OPTIM)
+        if lazy:
+            optimizer.state.clear()
+        for _ in range(3):
+            for number, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.1 * (number + 1))
+            optimizer.step()
+        ends.append((optimizer.state_dict()["state"], model.state_dict()))
+    (made, weights), (expected, expected_weights) = ends
+    assert [list(moments) for moments in made.values()] == [list(moments) for moments in expected.values()]
+    torch.testing.assert_close(made, expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
+
+
 def test_clipping_is_by_the_global_norm() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))]
     parameters[0].grad, parameters[1].grad = torch.full((3,), 2.0), torch.full((4,), -1.0)
