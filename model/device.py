@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from model.layout import Layout
@@ -37,7 +38,7 @@ class Choices:
 
 def choose(device: torch.device, compile: str, rank_flops: float, layout: Layout) -> Choices:
     """`compile`: auto | on | off. `rank_flops`: what this rank computes in the whole run, the same after any restart: a
-    resumed run must compute as it did before, bit by bit. `auto` compiles what is under test: one rank, nothing recomputed.
+    resumed run must compute as it did before, bit by bit. Where ranks are joined, all of them must call this.
 
     CUDA graphs are left out on purpose: FSDP2's and tensor parallelism's communication between the layers cannot be captured
     by torch.compile, and the kernels of a model worth a GPU are longer than their launches.
@@ -46,14 +47,22 @@ def choose(device: torch.device, compile: str, rank_flops: float, layout: Layout
         return Choices(compile=False, why="compile=off")
     if compile == "auto" and rank_flops < COMPILE_FLOPS:
         return Choices(compile=False, why=f"a short run ({rank_flops:.1e} of {COMPILE_FLOPS:.0e} FLOPs a rank)")
-    if compile == "auto" and (layout.gpus > 1 or layout.recompute != "none"):
-        why = "compiled code is not tested with several ranks or recomputation: compile=on tries it"
-        return Choices(compile=False, why=why)
-    if failed := _compile_fails(device):
+    failed = _compile_fails(device)
+    if dist.is_initialized():  # all ranks, or none
+        fails = torch.tensor(float(bool(failed)), device=device)
+        dist.all_reduce(fails, dist.ReduceOp.MAX)
+        failed = failed or ("on another rank" if fails.item() else "")
+    if failed:
         return Choices(compile=False, why=f"torch.compile does not work here: {failed}")
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    kept = KEPT_BY_COMPILED_CPU if device.type == "cpu" and layout.recompute == "none" else 1.0
-    return Choices(compile=True, kept=kept, async_tp=hopper and layout.tp > 1, why="compiled")
+    # What tensor and context parallel ranks exchange within a layer, torch cannot weigh against what it keeps.
+    weighed = device.type == "cpu" and layout.recompute == "none" and layout.tp == layout.cp == 1
+    return Choices(
+        compile=True,
+        why="compiled",
+        kept=KEPT_BY_COMPILED_CPU if weighed else 1.0,
+        async_tp=hopper and layout.tp > 1 and compile == "on",
+    )
 
 
 def prepare(choices: Choices, mesh: DeviceMesh | None) -> None:

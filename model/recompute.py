@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _aten = torch.ops.aten
 _ATTENTION = frozenset(
@@ -25,8 +25,9 @@ def recomputing(compute: Callable[..., Tensor], *args: Tensor, keep_products: in
 
     The last product is not to be kept: the backward pass needs its inputs only, and stops computing again when it has them.
     """
-    context_fn = noop_context_fn if keep_products is None else partial(_keeping, keep_products)
-    return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+    # Without a context_fn where nothing is kept: torch.compile does not take torch's own default for it.
+    kept: dict[str, Any] = {} if keep_products is None else {"context_fn": partial(_keeping, keep_products)}
+    return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kept)
 
 
 def _keeping(keep_products: int) -> Any:

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from checkpoint_faults import make_store, run_ranks
 
+from model import device as device_module
 from model.config import ModelConfig, OptimConfig
+from model.device import choose, prepare
 from model.layout import Layout
 from model.optim import clip_gradients, global_grad_norm, make_optimizer
 from model.parallel import build_model, forward_backward, place_ranks
@@ -37,10 +39,15 @@ LAYOUTS = {
 }
 
 
-def train(rank: int, layout: Layout, first: int, steps: int, folder: str | None) -> list[tuple[float, float, float]]:
+def train(
+    rank: int, layout: Layout, first: int, steps: int, folder: str | None, compile: str = "off"
+) -> list[tuple[float, float, float]]:
     """Loss, gradient norm and, after the update, loss of evaluation of each step; resumes from and saves to `folder`."""
     ranks = place_ranks(layout, torch.device("cpu"))
-    model = build_model(MODEL, layout, ranks, torch.float32, seed=3)
+    choices = choose(ranks.device, compile, 0.0, layout)
+    assert choices.compile == (compile == "on"), choices.why
+    prepare(choices, ranks.mesh)
+    model = build_model(MODEL, layout, ranks, torch.float32, seed=3, compiled=choices.compile)
     optimizer = make_optimizer(model, OPTIM)
     store = make_store(folder) if folder else None
     if store:
@@ -83,6 +90,29 @@ def test_loss_and_gradient_norm_of_three_steps_are_those_of_one_rank(name: str, 
     for found in run_ranks(train, layout.gpus, tmp_path, layout, 0, 3, None, timeout_s=150):
         for step, expected in zip(found, one_rank, strict=True):
             assert step == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["fsdp", "tp", "interleaved"])  # which recompute nothing, selectively, and all
+def test_compiled_too(name: str, one_rank: Any, tmp_path: Path) -> None:
+    layout = laid(**LAYOUTS[name])
+    for found in run_ranks(train, layout.gpus, tmp_path, layout, 0, 3, None, "on", timeout_s=500):
+        for step, expected in zip(found, one_rank, strict=True):
+            assert step == pytest.approx(expected, rel=1e-5)
+
+
+def choose_where_one_rank_has_no_compiler(rank: int) -> tuple[bool, str]:
+    if rank == 1:
+        device_module._compile_fails = lambda device: "no C++ compiler"
+    choices = choose(torch.device("cpu"), "on", 0.0, laid(dp_shard=2))
+    return choices.compile, choices.why
+
+
+def test_where_one_rank_cannot_compile_none_does(tmp_path: Path) -> None:
+    first, second = run_ranks(choose_where_one_rank_has_no_compiler, 2, tmp_path, timeout_s=150)
+    assert (first[0], second[0]) == (False, False)
+    assert "on another rank" in first[1]
+    assert "no C++ compiler" in second[1]
 
 
 def test_a_run_moves_through_layouts_and_back_to_one_rank(one_rank: Any, tmp_path: Path) -> None:

@@ -31,13 +31,6 @@ def test_a_short_run_is_not_compiled_and_says_why() -> None:
     assert "short run" in choices.why
 
 
-@pytest.mark.parametrize("layout", [Layout(name="test", dp_shard=2), Layout(name="test", recompute="selective")])
-def test_what_is_not_tested_compiled_is_not_compiled_unasked(layout: Layout) -> None:
-    choices = choose(CPU, "auto", COMPILE_FLOPS * 2, layout)
-    assert not choices.compile
-    assert "compile=on" in choices.why
-
-
 def test_without_a_compiler_a_long_run_goes_on_and_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
