@@ -90,10 +90,13 @@ def runs(slurm_cluster: VirtualCluster, workplace: Path) -> Runs:
 
 @pytest.fixture(scope="module")
 def timed_out(runs: Runs) -> str:
-    """Launched first and waited for last: it spends most of its time in other tests' shadow. slurmctld looks every 30 s and
-    warns up to that much early: 10 to 40 s after the start, so that a slow machine gets some steps further, too."""
-    limit = ["cluster.time_limit_min=1", "cluster.warn_s=20", f"cluster.nodelist='{ITS_NODES}'"]
-    runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=1.0),))
+    """Launched first and waited for last: it spends most of its time in other tests' shadow.
+
+    slurmctld looks every 30 s and warns up to that much early: 20 to 50 s after the start, of which a slow machine needs 12
+    to begin; and even the longest start does not get through a fourth of the steps.
+    """
+    limit = ["cluster.time_limit_min=1", "cluster.warn_s=10", f"cluster.nodelist='{ITS_NODES}'"]
+    runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=1.25),))
     return "timed_out"
 
 
