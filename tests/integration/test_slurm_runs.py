@@ -93,10 +93,10 @@ def timed_out(runs: Runs) -> str:
     """Launched first and waited for last: it spends most of its time in other tests' shadow.
 
     slurmctld looks every 30 s and warns up to that much early: 20 to 50 s after the start, of which a slow machine needs 12
-    to begin; and even the longest start does not get through a fourth of the steps.
+    to begin; and even the longest start does not get through a third of the steps.
     """
     limit = ["cluster.time_limit_min=1", "cluster.warn_s=10", f"cluster.nodelist='{ITS_NODES}'"]
-    runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=1.25),))
+    runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=0.9),))
     return "timed_out"
 
 
@@ -359,10 +359,11 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(runs: Runs) -> None:
     assert "wckey" not in printed.stdout
 
 
+@pytest.mark.timeout(1000)
 def test_time_limits_requeue_more_than_three_times_and_lose_nothing(
     runs: Runs, timed_out: str, undisturbed: dict[int, tuple[float, float]]
 ) -> None:
-    runs.wait_finished(timed_out, timeout_s=400)
+    runs.wait_finished(timed_out, timeout_s=900)
     causes = runs.causes(timed_out)
     assert causes == ["timeout"] * len(causes)
     assert len(causes) > 3
