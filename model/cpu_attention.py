@@ -25,14 +25,6 @@ def block_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
     return out.view(batch, heads, tokens, size).transpose(1, 2)
 
 
-def _scores(q_GIH: Tensor, k_GKH: Tensor, start: int) -> Tensor:
-    """Of queries that begin at `start`, fp32, with minus infinity at later keys."""
-    scores = torch.bmm(q_GIH, k_GKH.transpose(1, 2)).float() / math.sqrt(q_GIH.shape[-1])
-    queries, keys = scores.shape[1:]
-    seen = torch.arange(keys)[None, :] <= torch.arange(start, start + queries)[:, None]
-    return torch.where(seen, scores, -math.inf)
-
-
 def _starts(tokens: int) -> tuple[range, int]:
     block = max(BLOCK, math.ceil(tokens / BLOCKS))
     return range(0, tokens, block), block
@@ -45,7 +37,9 @@ class _BlockAttention(torch.autograd.Function):
         starts, block = _starts(q_GTH.shape[1])
         for start in starts:
             end = min(start + block, q_GTH.shape[1])
-            scores = _scores(q_GTH[:, start:end], k_GTH[:, :end], start)
+            scores = torch.bmm(q_GTH[:, start:end], k_GTH[:, :end].transpose(1, 2)).float() / math.sqrt(q_GTH.shape[-1])
+            seen = torch.arange(end)[None, :] <= torch.arange(start, end)[:, None]
+            scores = torch.where(seen, scores, -math.inf)
             highest = scores.amax(dim=-1, keepdim=True)
             weights = (scores - highest).exp()
             total = weights.sum(dim=-1, keepdim=True)
@@ -62,7 +56,8 @@ class _BlockAttention(torch.autograd.Function):
         tokens, dtype, scale = q_GTH.shape[1], q_GTH.dtype, 1 / math.sqrt(q_GTH.shape[-1])
         delta = (grad_GTH.float() * out.float()).sum(dim=-1, keepdim=True).transpose(1, 2)
         log_sum = log_sum.transpose(1, 2)
-        grad_q, grads_k, grads_v = grad_GTH[:, tokens:].float(), [], []
+        grad_q = grad_GTH[:, tokens:].float()  # of no queries yet, and of a block more in each turn
+        grads_k, grads_v = [], []
         starts, block = _starts(tokens)
         for start in reversed(starts):  # of keys, which the queries from there on see
             part = slice(start, min(start + block, tokens))

@@ -20,7 +20,6 @@ COMPILE_FLOPS = 1.5e14
 """A rank with less to compute than this is done before compiled code has paid for its compilation: some 80 s of one core for
 the first time (a dozen C++ kernels), seconds from the cache after that."""
 
-
 KEPT_BY_COMPILED_CPU = 0.8
 """At most, of what torch.compile would keep of a layer for the backward pass beside its inputs. What costs least to have again
 goes: norms, the product in SwiGLU, matrices in bf16. docs/speed.md has what that saves."""
@@ -63,6 +62,13 @@ def choose(device: torch.device, compile: str, rank_flops: float, layout: Layout
         kept=KEPT_BY_COMPILED_CPU if weighed else 1.0,
         async_tp=hopper and layout.tp > 1 and compile == "on",
     )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether its hardware computes in bf16: what precision=auto goes by."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def prepare(choices: Choices, mesh: DeviceMesh | None) -> None:

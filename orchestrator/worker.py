@@ -20,7 +20,7 @@ from model.checkpoint.store import CheckpointError, CheckpointStore
 from model.cost import flops_per_token
 from model.data.loader import Loader
 from model.data.prepare import PreparedData
-from model.device import choose, keep_memory, prepare
+from model.device import choose, has_bf16, keep_memory, prepare
 from model.generate import generate
 from model.parallel import Ranks, place_ranks
 from model.train import TrainConfig, Trainer
@@ -269,13 +269,11 @@ def _hardware(spec: specs.RunSpec, here: Place) -> tuple[torch.device, torch.dty
             raise RuntimeError(f"gpu={spec.gpu.name} needs CUDA, and torch finds none on this node: choose gpu=cpu")
         device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        has_bf16 = torch.cuda.is_bf16_supported()
     else:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # what the user set stays
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
-        has_bf16 = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    wanted = {"auto": has_bf16, "bf16": True, "fp32": False}[spec.precision]
+    wanted = {"auto": has_bf16(device), "bf16": True, "fp32": False}[spec.precision]
     return device, torch.bfloat16 if wanted else torch.float32
 
 

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from model.device import has_bf16
+
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE.parents[1] / ".venv" / "peers"
 PEERS = ("litgpt", "torchtitan", "transformers")
@@ -37,10 +39,8 @@ PACKAGES += (
     "tensorboard",
     "absl-py",
     "grpcio",
-    "tyro",
-    "docstring_parser",
-    "typeguard",
 )
+PACKAGES += ("tyro", "docstring_parser", "typeguard")
 JEMALLOC = "libjemalloc.so.2"
 DECAY_OFF = "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 FLOOR_BYTES = 16  # a parameter, its gradient and AdamW's two moments in fp32
@@ -67,15 +67,8 @@ def measure(
     if tuned and contender != "arriero" and jemalloc:
         environment |= {"LD_PRELOAD": jemalloc, "MALLOC_CONF": DECAY_OFF}
     python = sys.executable if contender == "arriero" else peers_python()
-    command = [
-        python,
-        str(HERE / "speed_step.py"),
-        contender,
-        shape,
-        "tuned" if tuned else "stock",
-        str(steps),
-        precision,
-    ]
+    asked = [contender, shape, "tuned" if tuned else "stock", str(steps), precision]
+    command = [python, str(HERE / "speed_step.py"), *asked]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{contender} {shape}: {done.stderr.strip()[-2000:]}")
@@ -139,11 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     jemalloc = find_jemalloc()
     if jemalloc is None:
         print("no libjemalloc.so.2 (Debian: libjemalloc2; or set JEMALLOC): tuned peers run with glibc as it is")
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    computed = has_bf16(torch.device("cpu"))
     if chosen.steps < 1:
         parser.error("--steps must be at least 1")
-    precision = ("bf16" if has_bf16 else "fp32") if chosen.precision == "auto" else chosen.precision
-    print(f"all in {precision}" + ("" if has_bf16 or precision == "fp32" else ", which this processor emulates"))
+    precision = ("bf16" if computed else "fp32") if chosen.precision == "auto" else chosen.precision
+    print(f"all in {precision}" + ("" if computed or precision == "fp32" else ", which this processor emulates"))
     results = []
     for shape in chosen.shape:
         for _ in range(chosen.rounds):

@@ -60,10 +60,8 @@ def litgpt(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
 def torchtitan(shape: dict[str, int]) -> Callable[[Tensor], Tensor]:
     from unittest import mock
 
-    for absent in (
-        "datasets",
-        "datasets.distributed",
-    ):  # its data loader is not asked for; taken back, torch loads twice
+    # Its data loader is not asked for. For good: mock.patch.dict would take back what torch loads meanwhile, too.
+    for absent in ("datasets", "datasets.distributed"):
         sys.modules[absent] = mock.MagicMock()
     from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
@@ -247,13 +245,7 @@ def main(name: str, shape_name: str, tuned: bool, steps: int, bf16: bool, produc
 
 
 if __name__ == "__main__":
-    if sys.argv[5] not in ("bf16", "fp32"):
-        sys.exit(f"precision {sys.argv[5]} is neither bf16 nor fp32")
-    main(
-        sys.argv[1],
-        sys.argv[2],
-        sys.argv[3] == "tuned",
-        int(sys.argv[4]),
-        sys.argv[5] == "bf16",
-        sys.argv[6:] != ["without_products"],
-    )
+    contender, shape_name, kind, count, precision, *products = sys.argv[1:]
+    if precision not in ("bf16", "fp32"):
+        sys.exit(f"precision {precision} is neither bf16 nor fp32")
+    main(contender, shape_name, kind == "tuned", int(count), precision == "bf16", products != ["without_products"])
