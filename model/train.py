@@ -137,7 +137,7 @@ class Trainer:
             self.pulse("data", self.step + 1)
             rows_BT = self.next_batch()
             data_s = time.perf_counter() - started
-            loss, grad_norm, stopping, save_again = self.forward_backward(rows_BT)
+            loss, grad_norm, stopping, save_due = self.forward_backward(rows_BT)
             act, max_norm = "apply", self.config.optim.grad_clip
             if self.watch.withhold(self.step + 1, loss, grad_norm.item()):
                 act, loss, grad_norm = self.compute_again(rows_BT)
@@ -163,7 +163,7 @@ class Trainer:
             if self.step % self.config.eval_every_steps == 0 or self.step == self.config.steps:
                 self.evaluate()
             due = self.step >= min(self.schedule.next_step, self.config.steps)
-            if due or stopping or save_again:
+            if due or stopping or save_due:
                 self.save(wait=stopping or self.step == self.config.steps)
             self.vet()
         self.pulse("save", self.step)
@@ -178,7 +178,7 @@ class Trainer:
         """Accumulates the gradient of the global batch's mean loss.
 
         Returns that loss (nats per token), the global gradient norm, whether any rank was asked to stop, and whether any
-        rank's failed save is to be tried again: all the same on every rank.
+        rank's store wants a save out of turn: all the same on every rank.
         """
         self.pulse("compute", self.step + 1)
         self.optimizer.zero_grad()
@@ -191,13 +191,13 @@ class Trainer:
         self.pulse("collective", self.step + 1)
         stages = self.model.group if isinstance(self.model, Pipeline) else None
         grad_norm = global_grad_norm(self.model.parameters(), stages)
-        said = torch.tensor([self.stop_requested(), self.store.retry_due], dtype=loss_sum.dtype, device=loss_sum.device)
+        said = torch.tensor([self.stop_requested(), self.store.save_due], dtype=loss_sum.dtype, device=loss_sum.device)
         agreed = torch.cat([loss_sum[None] / self.ranks.tp, said])
         if self.ranks.mesh is not None:
             dist.all_reduce(agreed)
-        total, stops, retries = agreed.tolist()
+        total, stops, saves = agreed.tolist()
         self.share = tuple(self._share_sums.tolist())
-        return total / self.batch_tokens, grad_norm, stops > 0, retries > 0
+        return total / self.batch_tokens, grad_norm, stops > 0, saves > 0
 
     def _watch_share(self, part: torch.nn.Module, stage: int) -> None:
         """Has a stage's own part of `share` summed up with every microbatch that it trains on."""

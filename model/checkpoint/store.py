@@ -38,6 +38,7 @@ from model.checkpoint.policy import CheckpointConfig, CheckpointInfo
 from model.checkpoint.storage import BLOCK_BYTES, Storage, checksum
 
 FORMAT = 1
+LEASE_CHECK_S = 10.0  # how often rank 0 looks for a newer writer: one listing
 COMMITTED, VETTED, MANIFEST, INDEX = "COMMITTED", "VETTED", "manifest.json", "index.json"
 
 OnEvent = Callable[[str, int, str], None]
@@ -105,6 +106,7 @@ class CheckpointStore:
         self._failed_at: float | None = None  # monotonic; the last save failed
         self._fenced: str | None = None
         self._lease: Lease | None = None
+        self._lease_lock = threading.Lock()  # while the next epoch is taken, the one before is not fenced but followed
         self._epoch = 0
         self._names: set[str] = set()
         self._thread: threading.Thread | None = None
@@ -175,7 +177,7 @@ class CheckpointStore:
         if not self.read_only:
             if self._lease:
                 self._lease.check()
-            self._lease = acquire(self.storage, self.writer)
+            self._take_epoch()
         lived = policy.history(self.steps(), read_epochs(self.storage))
         epoch = self._lease.epoch if self._lease else 0
         return epoch, [c for c in lived if max_step is None or c.step <= max_step]
@@ -246,7 +248,7 @@ class CheckpointStore:
         """Copies `state` and writes it in the background (`wait`, or checkpoint.asynchronous=false: before returning).
 
         `extra` is JSON, the same on all ranks (rank 0's is written). While an earlier save is still being written this
-        one is skipped (with `wait`, the earlier is awaited): False, on all ranks. A failed save is an event and `retry_due`, no
+        one is skipped (with `wait`, the earlier is awaited): False, on all ranks. A failed save is an event and `save_due`, no
         exception. Raises Fenced once a newer writer has taken over.
         """
         assert not self.read_only, "this store only reads"
@@ -291,10 +293,13 @@ class CheckpointStore:
         return self._idle.wait(within_s)
 
     @property
-    def retry_due(self) -> bool:
-        """Whether a save failed a while (checkpoint.retry_save_s) ago and none has begun since: save again at the next
-        step. Ranks learn of it at different times, and saving is for all together: agree on it, as on a signal."""
-        return self._failed_at is not None and time.monotonic() - self._failed_at >= self.config.retry_save_s
+    def save_due(self) -> bool:
+        """Whether to save at the next step, out of turn: a save failed a while (checkpoint.retry_save_s) ago and none has
+        begun since, or there is a newer writer, of which `save` tells all ranks. Ranks learn of either at different
+        times, and saving is for all together: agree on it, as on a signal."""
+        failed_at = self._failed_at
+        retry = failed_at is not None and time.monotonic() - failed_at >= self.config.retry_save_s
+        return retry or self._fenced is not None
 
     def vet(self, step: int) -> bool:
         """Marks the newest checkpoint of this step as healthy, so that retention keeps it. Rank 0 acts, alone.
@@ -311,14 +316,18 @@ class CheckpointStore:
                 return True
         return False
 
-    def lease_lost(self) -> bool:
-        """Whether a newer writer has taken over. Rank 0 asks the disk, alone: one listing."""
-        if self._lease and not self._fenced:
+    def _watch_lease(self) -> None:
+        """Rank 0's thread: a fenced writer is told soon, not at its next save, which may be half an hour away or stalled."""
+        while not self._fenced:
+            time.sleep(LEASE_CHECK_S)
             try:
-                self._lease.check()
+                with self._lease_lock:
+                    if self._lease and not self._fenced:
+                        self._lease.check_newer()
             except Fenced as fenced:
                 self._fence(str(fenced))
-        return self._fenced is not None
+            except Exception:  # the storage is not to be reached: the next look or the next commit will tell
+                continue
 
     def _ready(self, planner: DefaultSavePlanner) -> bool:
         """Whether to stage now, agreed by all ranks; makes plan, buffers and groups as needed."""
@@ -343,7 +352,8 @@ class CheckpointStore:
         return True
 
     def _take_epoch(self) -> int:
-        self._lease = acquire(self.storage, self.writer)
+        with self._lease_lock:
+            self._lease = acquire(self.storage, self.writer)
         return self._lease.epoch
 
     def _prepare(self, state: dict[str, Any]) -> None:
@@ -387,6 +397,8 @@ class CheckpointStore:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
+            if self.rank == 0:
+                threading.Thread(target=self._watch_lease, name="lease-watch", daemon=True).start()
 
     @torch.no_grad()
     def _stage(self, planner: DefaultSavePlanner) -> None:
@@ -567,8 +579,9 @@ class CheckpointStore:
             self._event("save_failed", 0, f"still writing after {self.config.write_timeout_s:g} s: waiting no longer")
 
     def _fence(self, detail: str) -> None:
-        self._fenced = detail
-        self._event("fenced", 0, detail)
+        if not self._fenced:  # a commit and the watch can both see it
+            self._fenced = detail
+            self._event("fenced", 0, detail)
 
     def _event(self, kind: str, step: int, detail: str) -> None:
         if self.rank == 0:

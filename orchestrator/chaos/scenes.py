@@ -318,8 +318,14 @@ def twice(scene: Scene) -> None:
 def at_once(scene: Scene) -> None:
     """Neither sees the other at work: the lease decides, and neither loses a record of the other."""
     stage = scene.stage(*TWO_RANKS)
+    gates = stage.gates(12, 13)  # one for each: else the fenced one may be at the end before a first save shows it
     stage.hurt("launched_twice_at_once")
     pair = [stage.launch(), stage.launch()]
+    stage.wait(
+        lambda: bool(stage.events("fenced")) or any(p.process.poll() for p in pair), "one of the two to give way"
+    )
+    for gate in gates:
+        stage.go(gate)
     codes = sorted(stage.ended(launch) for launch in pair)
     if codes[0] != 0:
         stage.done["launched_twice_at_once"].problems.append(f"neither finished: exit codes {codes}")

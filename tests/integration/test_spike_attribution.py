@@ -38,7 +38,7 @@ def train(rank: int, layout: Layout, steps: int, faults: str) -> tuple[list[floa
         finish=lambda: None,
         is_idle=lambda within_s: True,
     )
-    store.retry_due = False
+    store.save_due = False
     trainer = make_trainer(rank, layout, steps, store, event, losses, kind=FaultyTrainer, faults=Path(faults))
     trainer.run()
     return losses, found

@@ -200,7 +200,7 @@ def test_a_non_finite_state_is_never_saved(tmp_path: Path) -> None:
     assert events.kinds() == ["saved", *["save_refused"] * 3]
     assert "model.w" in events.details("save_refused")[0]
     assert [c.step for c in writer.steps()] == [1]
-    assert not writer.retry_due  # the same state would be refused again
+    assert not writer.save_due  # the same state would be refused again
 
 
 def test_a_save_while_one_is_being_written_is_skipped_and_no_memory_is_taken(
@@ -280,6 +280,32 @@ def test_a_rewind_to_before_every_checkpoint_finds_none_and_loses_none(tmp_path:
     assert loaded.step == 10
 
 
+def test_a_writer_that_saves_nothing_is_told_that_it_is_fenced_and_a_rewind_fences_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.checkpoint.store.LEASE_CHECK_S", 0.001)
+    told = threading.Event()
+    events = Events()
+
+    def hear(kind: str, step: int, detail: str) -> None:
+        events(kind, step, detail)
+        if kind == "fenced":
+            told.set()
+
+    first = CheckpointStore(str(tmp_path), config(), on_event=hear)
+    for _ in range(20):  # each takes the next epoch, of the same writer
+        first.load_latest(plain())
+    assert not first.save_due
+    second = store(tmp_path)
+    second.load_latest(plain())
+    assert told.wait(30)
+    assert first.save_due
+    assert events.kinds() == ["fenced"]
+    assert not second.save_due
+    with pytest.raises(Fenced, match="taken over by epoch 21"):
+        first.save(1, plain(1), {})
+
+
 def test_the_same_run_started_twice_fences_the_first(tmp_path: Path) -> None:
     events = Events()
     first = store(tmp_path, events)
@@ -289,8 +315,6 @@ def test_the_same_run_started_twice_fences_the_first(tmp_path: Path) -> None:
     loaded = second.load_latest(plain())
     assert loaded
     assert loaded.step == 1
-    assert first.lease_lost()
-    assert not second.lease_lost()
     with pytest.raises(Fenced, match="epoch 1 has been taken over by epoch 2 \\(the second one\\)"):
         first.save(2, plain(2), {}, wait=True)
     with pytest.raises(Fenced):
