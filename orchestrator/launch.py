@@ -73,6 +73,10 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
         _print_summary(console, spec, run_dir)
         return 0
+    if spec.cluster.kind == "slurm" and (job_id := find(run_dir.submission)):
+        console.print(f"{spec.name} is in the queue already, or runs: job {job_id}")
+        _print_what_next(console, run_dir)
+        return 0
     if run_dir.is_at_work():
         raise UserError(
             f"{_short(run_dir.root)} is at work already: see it with `arriero watch {_short(run_dir.root)}`, or launch "
@@ -83,10 +87,6 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
             f"{_short(run_dir.root)} was stopped for a person to look at it.\n{why}\n"
             "To go on from its newest checkpoint, change what spikes.* allows, or choose spikes=watch."
         )
-    if spec.cluster.kind == "slurm" and (job_id := find(run_dir.submission)):
-        console.print(f"{spec.name} is in the queue already, or runs: job {job_id}")
-        _print_what_next(console, run_dir)
-        return 0
     if asked != spec.layout:
         console.print(f"layout chosen      {forecast.layout_sentence(spec.layout)}")
     expected = _forecast(spec)

@@ -309,9 +309,10 @@ class _Supervisor:
         # the check is at fault.
         if missing and (code in _WARNED or (not said and (len(nodes) > 1 or code != 124))):
             which = f"on {len(missing)} of {len(nodes)} nodes"
-            self._tell(
-                "preflight", 0, f"the preflight could not be made {which}, so none of them is left out: {silent[0]}"
-            )
+            if not self.directory.cancelled.exists():  # that has ended the check, and is told as what it is
+                self._tell(
+                    "preflight", 0, f"the preflight could not be made {which}, so none of them is left out: {silent[0]}"
+                )
             missing = {}
         if len(unfit) == len(nodes) > 1:
             # Not one node is fit: the fault is the check's or the whole cluster's, and leaving all out would help nobody.

@@ -110,9 +110,11 @@ class VirtualCluster:
     def _up(cls, *, directory: Path, name: str, nodes: int, **more: Any) -> Self:
         if (directory / _STATE).exists():
             if cls.load(directory).running():
+                option = "name" if directory == default_directory(name).resolve() else "directory"
+                which = f"--{option} {name if option == 'name' else directory}"
                 raise ClusterError(
-                    f"a cluster is up in {directory} already: use it, stop it with `arriero cluster down --name {name}`, or "
-                    "choose another --name"
+                    f"a cluster is up in {directory} already: use it, stop it with `arriero cluster down {which}`, or "
+                    f"choose another --{option}"
                 )
             shutil.rmtree(directory)
         elif directory.exists() and any(directory.iterdir()):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,11 +45,20 @@ def test_two_stand_side_by_side_and_down_stops_exactly_its_own() -> None:
     assert up.returncode == 0, up.stderr
     try:
         assert json.loads(up.stdout)["nodes_by_state"] == {"idle": 3}
-        with VirtualCluster.up(nodes=2, gpus_per_node=0, name=second, accounting=False) as other:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            VirtualCluster.up(
+                nodes=2, gpus_per_node=0, name=second, accounting=False, directory=Path(folder).resolve()
+            ) as other,
+        ):
             one = VirtualCluster.load(default_directory(first))
             ran = one.command("srun", "-N3", "--ntasks-per-node=2", "--gres=gpu:2", "printenv", "SLURMD_NODENAME")
             assert sorted(ran.stdout.split()) == sorted(2 * ["node001", "node002", "node003"]), ran.stderr
-            assert "already" in arriero("cluster", "up", f"--name={first}").stderr
+            for option, value in (("--name", first), ("--directory", str(other.directory))):
+                refused = arriero("cluster", "up", option, value).stderr
+                assert f"already: use it, stop it with `arriero cluster down {option} {value}`" in " ".join(
+                    refused.split()
+                )
             everything = list(one.daemons.values())
             down = arriero("cluster", "down", f"--name={first}", "--json")
             assert json.loads(down.stdout) == {"name": first, "daemons_stopped": 4 + 3}

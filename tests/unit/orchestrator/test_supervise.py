@@ -242,9 +242,12 @@ def test_the_start_of_a_lost_node_leaves_the_job_alone_that_runs_elsewhere() -> 
     assert decide(None, 1, elsewhere, False, 0, 3, 180, restarts=1).act == "requeue"
 
 
-@pytest.mark.parametrize(("exit_code", "unfit"), [(140, []), (1, ["node002"])])
+@pytest.mark.parametrize(
+    ("exit_code", "cancelled", "unfit", "tells"),
+    [(140, False, [], True), (140, True, [], False), (1, False, ["node002"], False)],
+)
 def test_a_node_whose_preflight_the_warning_has_ended_is_not_unfit(
-    supervisor: _Supervisor, tmp_path: Path, exit_code: int, unfit: list[str]
+    supervisor: _Supervisor, tmp_path: Path, exit_code: int, cancelled: bool, unfit: list[str], tells: bool
 ) -> None:
     """Slurm's srun is a script: node001 answers, node002 does not."""
     srun = tmp_path / "srun"
@@ -257,6 +260,8 @@ sys.exit({exit_code})
 """
     )
     srun.chmod(0o755)
+    if cancelled:
+        supervisor.directory.cancelled.touch()
     assert list(supervisor._preflight(specs.compose([]), ["node001", "node002"])) == unfit
     told = [e.detail for e in read_events(supervisor.directory.events) if e.kind == "preflight"]
-    assert ["could not be made on 1 of 2 nodes" in detail for detail in told] == ([] if unfit else [True])
+    assert ["could not be made on 1 of 2 nodes" in detail for detail in told] == [True] * tells
