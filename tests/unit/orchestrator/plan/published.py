@@ -155,27 +155,57 @@ def open_replications() -> list[Row]:
     ]  # fmt: skip
 
 
+LLAMA_2 = {  # dim, layers, heads, feed-forward, vocabulary, tokens a row, heads of keys and values
+    "7B": llama(4096, 32, 32, 11008, 32000, 4096), "13B": llama(5120, 40, 40, 13824, 32000, 4096),
+    "34B": llama(8192, 48, 64, 22016, 32000, 4096, 8), "70B": llama(8192, 80, 64, 28672, 32000, 4096, 8),
+}  # fmt: skip
+LLAMA_3 = {
+    "8B": llama(4096, 32, 32, 14336, 128256, 8192, 8), "70B": llama(8192, 80, 64, 28672, 128256, 8192, 8)
+}  # fmt: skip
+
+
+def fsdp_of_torch() -> list[Row]:
+    """FSDP on A100s, tokens/s a GPU: torchtitan's docs/performance.md at 0413364 (64 of them), and fms-fsdp's README at 0d31998
+    (128 of them, 400 Gb/s a node, gradients reduced in bf16), 7B and 13B replicated over nodes."""
+    rows = []
+    for name, model, at_once, recompute, published in (
+        ("Llama 3 70B", LLAMA_3["70B"], 1, "full", 331), ("Llama 2 13B", LLAMA_2["13B"], 2, "none", 2162),
+        ("Llama 2 70B", LLAMA_2["70B"], 2, "full", 353),
+    ):  # fmt: skip
+        layout = laid(dp_shard=64, microbatch_sequences=at_once, recompute=recompute)
+        label = f"{name}, 64 GPUs, recompute {recompute}"
+        rows.append(Row("torchtitan", label, "tokens_per_s_per_gpu", published, model, layout, 64 * at_once, NOW))
+    for size, shard, at_once, recompute, published in (
+        ("7B", 8, 2, "none", 3760), ("13B", 8, 1, "none", 1700), ("34B", 128, 8, "full", 772), ("70B", 128, 6, "full", 380),
+    ):  # fmt: skip
+        layout = laid(dp_replicate=128 // shard, dp_shard=shard, microbatch_sequences=at_once, recompute=recompute)
+        rows.append(
+            Row("fms-fsdp", f"Llama 2 {size}, recompute {recompute}", "tokens_per_s_per_gpu", published, LLAMA_2[size],
+                layout, 128 * at_once, replace(NOW, gradient_bytes=2), changes={"inter_node_gb_per_s": 6.25})
+        )  # fmt: skip
+    return rows
+
+
 def misses() -> list[Row]:
     """What is off by more, and docs/plan.md says why. 20B of arXiv 2204.06745 on A100s of 40 GB, four 200 Gb/s links a node;
     GPU-hours of LLaMA 2 (2307.09288, table 2), which states no layout: LLaMA's own, with rows twice as long; GPU-hours of 405B's
     model card over 15.6T tokens; torchtitan's benchmarks/llama3_h100_202412 at 31a17bf: H100s of 500 W and 2.4 TB/s, the rows in
-    bf16 that are compiled (their peak taken as the cube root of the power)."""
+    bf16 that are compiled (their peak taken as the cube root of the power), and its docs/performance.md's rows with selective
+    recomputation: each as our selective, and as full."""
     rows = [
         Row("2204.06745", "GPT-NeoX 20B", "hardware_tflops_per_gpu", 117, gpt(6144, 44, 64, 50432),
             laid(tp=2, pp=4, dp_replicate=12, microbatch_sequences=4, recompute="full"), 1536, MEGATRON_2021,
             changes={"inter_node_gb_per_s": 12.5, "memory_gb_per_s": 1555}),
     ]  # fmt: skip
-    for size, model, hours, degrees in (
-        ("7B", llama(4096, 32, 32, 11008, 32000, 4096), 184_320, {"dp_replicate": 32, "dp_shard": 32}),
-        ("13B", llama(5120, 40, 40, 13824, 32000, 4096), 368_640, {"tp": 2, "dp_replicate": 16, "dp_shard": 64}),
-        ("34B", llama(8192, 48, 64, 22016, 32000, 4096, 8), 1_038_336,
-         {"tp": 4, "dp_replicate": 2, "dp_shard": 256, "microbatch_sequences": 2}),
-        ("70B", llama(8192, 80, 64, 28672, 32000, 4096, 8), 1_720_320,
-         {"tp": 8, "dp_replicate": 4, "dp_shard": 64, "microbatch_sequences": 4}),
-    ):  # fmt: skip
-        layout = laid(recompute="selective", **degrees)
+    for size, hours, degrees in (
+        ("7B", 184_320, {"dp_replicate": 32, "dp_shard": 32}),
+        ("13B", 368_640, {"tp": 2, "dp_replicate": 16, "dp_shard": 64}),
+        ("34B", 1_038_336, {"tp": 4, "dp_replicate": 2, "dp_shard": 256, "microbatch_sequences": 2}),
+        ("70B", 1_720_320, {"tp": 8, "dp_replicate": 4, "dp_shard": 64, "microbatch_sequences": 4}),
+    ):
+        layout, published = laid(recompute="selective", **degrees), 2e12 / hours / 3600
         rows.append(
-            Row("2307.09288", f"LLaMA 2 {size}", "tokens_per_s_per_gpu", 2e12 / hours / 3600, model, layout, 1024, NOW)
+            Row("2307.09288", f"LLaMA 2 {size}", "tokens_per_s_per_gpu", published, LLAMA_2[size], layout, 1024, NOW)
         )
     llama3_405b = llama3()[1]
     rows.append(
@@ -185,14 +215,23 @@ def misses() -> list[Row]:
     slower = {"peak_bf16_tflops": 989 * (500 / 700) ** (1 / 3), "memory_gb_per_s": 2400.0}
     for gpus, published, recompute in ((8, 6667, "selective"), (128, 6514, "selective"), (8, 6667, "full")):
         layout = laid(dp_shard=gpus, microbatch_sequences=2, recompute=recompute)
-        model = llama(4096, 32, 32, 14336, 128256, 8192, 8)
-        label = f"Llama 3.1 8B, {gpus} GPUs, recompute {recompute}"
+        label, model = f"Llama 3.1 8B, {gpus} H100, recompute {recompute}", LLAMA_3["8B"]
         rows.append(
             Row("torchtitan", label, "tokens_per_s_per_gpu", published, model, layout, 2 * gpus, NOW, "h100", slower)
         )
+    for name, model, at_once, published in (
+        ("Llama 3 8B", LLAMA_3["8B"], 1, 2973), ("Llama 2 13B", LLAMA_2["13B"], 2, 1904), ("Llama 2 70B", LLAMA_2["70B"], 1, 355)
+    ):  # fmt: skip
+        for recompute in ("selective", "full"):
+            layout = laid(dp_shard=64, microbatch_sequences=at_once, recompute=recompute)
+            label = f"{name}, 64 A100, recompute {recompute}"
+            rows.append(Row("torchtitan", label, "tokens_per_s_per_gpu", published, model, layout, 64 * at_once, NOW))
     return rows
 
 
 def tables() -> list[Row]:
     """All of them, but LLaMA's four, which are whole experiments."""
-    return [*megatron(), *selective(), *llama3(), *open_replications(), *mpt("a100_80gb"), *mpt("h100"), *misses()]
+    return [
+        *megatron(), *selective(), *llama3(), *open_replications(), *fsdp_of_torch(), *mpt("a100_80gb"), *mpt("h100"),
+        *misses(),
+    ]  # fmt: skip

@@ -40,7 +40,10 @@ def test_megatrons_table_is_forecast_within_15_percent(row: published.Row) -> No
     assert abs(row.error) < 0.15
 
 
-SET_NOTHING = [*published.selective(), *published.llama3(), *published.open_replications(), *published.mpt("a100_80gb")]
+SET_NOTHING = [
+    *published.selective(), *published.llama3(), *published.open_replications(), *published.fsdp_of_torch(),
+    *published.mpt("a100_80gb"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", SET_NOTHING, ids=lambda r: r.label)
