@@ -137,7 +137,7 @@ class Trainer:
             self.pulse("data", self.step + 1)
             rows_BT = self.next_batch()
             data_s = time.perf_counter() - started
-            loss, grad_norm, stopping, save_due = self.forward_backward(rows_BT)
+            loss, grad_norm, stopping, out_of_turn = self.forward_backward(rows_BT)
             act, max_norm = "apply", self.config.optim.grad_clip
             if self.watch.withhold(self.step + 1, loss, grad_norm.item()):
                 act, loss, grad_norm = self.compute_again(rows_BT)
@@ -163,7 +163,7 @@ class Trainer:
             if self.step % self.config.eval_every_steps == 0 or self.step == self.config.steps:
                 self.evaluate()
             due = self.step >= min(self.schedule.next_step, self.config.steps)
-            if due or stopping or save_due:
+            if due or stopping or out_of_turn:
                 self.save(wait=stopping or self.step == self.config.steps)
             self.vet()
         self.pulse("save", self.step)

@@ -73,6 +73,11 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
         _print_summary(console, spec, run_dir)
         return 0
+    if why := stopped_for_a_person(read_events(run_dir.events), spec.spikes):
+        raise UserError(
+            f"{_short(run_dir.root)} was stopped for a person to look at it.\n{why}\n"
+            "To go on from its newest checkpoint, change what spikes.* allows, or choose spikes=watch."
+        )
     if spec.cluster.kind == "slurm" and (job_id := find(run_dir.submission)):
         console.print(f"{spec.name} is in the queue already, or runs: job {job_id}")
         _print_what_next(console, run_dir)
@@ -81,11 +86,6 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         raise UserError(
             f"{_short(run_dir.root)} is at work already: see it with `arriero watch {_short(run_dir.root)}`, or launch "
             f"another run with name=..."
-        )
-    if why := stopped_for_a_person(read_events(run_dir.events), spec.spikes):
-        raise UserError(
-            f"{_short(run_dir.root)} was stopped for a person to look at it.\n{why}\n"
-            "To go on from its newest checkpoint, change what spikes.* allows, or choose spikes=watch."
         )
     if asked != spec.layout:
         console.print(f"layout chosen      {forecast.layout_sentence(spec.layout)}")

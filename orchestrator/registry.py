@@ -94,7 +94,11 @@ def _row(
     ended: dict[str, queue.JobState] | None,
 ) -> RunRow:
     attempts = sorted(run.events.glob("attempt-*.jsonl"))
-    last = _last_event(attempts[-1]) if attempts else None
+    last = None
+    for attempt in reversed(attempts):
+        last = _last_event(attempt)
+        if last is None or not last.data.get("fenced"):  # that one has given way to another, which tells how the run is
+            break
     supervised = [e for e in read_events(run.events, "supervise.jsonl")]
     records = sorted(run.records.glob("attempt-*.jsonl"), reverse=True)
     record = next((r for r in map(read_last, records) if r is not None), None)
@@ -163,7 +167,11 @@ def _last_event(path: Path) -> Event | None:
         try:
             values = json.loads(line)
             return Event(
-                time_utc=values["time_utc"], kind=values["kind"], step=int(values["step"]), detail=str(values["detail"])
+                time_utc=values["time_utc"],
+                kind=values["kind"],
+                step=int(values["step"]),
+                detail=str(values["detail"]),
+                data=values.get("data") or {},
             )
         except (ValueError, KeyError, TypeError):
             continue

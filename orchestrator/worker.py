@@ -124,6 +124,12 @@ def main(run_dir: str) -> str:
     recorder: RunRecorder | None = None
     try:
         ranks = place_ranks(spec.layout, device)
+        store = CheckpointStore(
+            spec.checkpoint.url or str(directory.checkpoints),
+            spec.checkpoint,
+            on_event=lambda *said: recorder.event(*said) if recorder else None,
+        )
+        store.begin()  # before the attempt has its number: of two starts, the one whose records count is the later one
         recorder = RunRecorder(directory, _agreed_attempt(directory, ranks), ranks.is_main)
         measured = spec.carbon.measure and here.local_rank == 0
         budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)
@@ -135,9 +141,9 @@ def main(run_dir: str) -> str:
             _BudgetWatch(directory, recorder, stop) if budgeted else nullcontext(),
         ):
             try:
-                return _train(spec, directory, here, ranks, dtype, memory, recorder, stop)
+                return _train(spec, directory, here, ranks, dtype, memory, store, recorder, stop)
             except (CheckpointError, Fenced) as error:  # told to a person as it is; every rank has it
-                recorder.event("failed", 0, str(error))
+                recorder.event("failed", 0, str(error), fenced=isinstance(error, Fenced))
                 return "failed"
     finally:
         if recorder and recorder.posted:  # the last word, such as "failed"
@@ -153,6 +159,7 @@ def _train(
     ranks: Ranks,
     dtype: torch.dtype,
     memory: str,
+    store: CheckpointStore,
     recorder: RunRecorder,
     stop: StopFlag,
 ) -> str:
@@ -165,7 +172,6 @@ def _train(
         seed=spec.seed,
         skips=[],
     )
-    store = CheckpointStore(spec.checkpoint.url or str(directory.checkpoints), spec.checkpoint, on_event=recorder.event)
     rank_flops = flops_per_token(spec.model) * spec.batch_tokens * spec.steps / spec.layout.gpus
     choices = choose(ranks.device, spec.compile, rank_flops, spec.layout)
     prepare(choices, ranks.mesh)

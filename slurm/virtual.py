@@ -110,11 +110,11 @@ class VirtualCluster:
     def _up(cls, *, directory: Path, name: str, nodes: int, **more: Any) -> Self:
         if (directory / _STATE).exists():
             if cls.load(directory).running():
-                option = "name" if directory == default_directory(name).resolve() else "directory"
-                which = f"--{option} {name if option == 'name' else directory}"
+                by_name = directory == default_directory(name).resolve()
+                option, value = ("--name", name) if by_name else ("--directory", directory)
                 raise ClusterError(
-                    f"a cluster is up in {directory} already: use it, stop it with `arriero cluster down {which}`, or "
-                    f"choose another --{option}"
+                    f"a cluster is up in {directory} already: use it, stop it with `arriero cluster down {option} {value}`, "
+                    f"or choose another {option}"
                 )
             shutil.rmtree(directory)
         elif directory.exists() and any(directory.iterdir()):

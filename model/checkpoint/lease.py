@@ -51,20 +51,15 @@ class Lease:
         self.epoch = epoch
 
     def check(self) -> None:
-        """Raises Fenced if a newer writer exists, or none at all."""
-        newest = self.check_newer()
-        if newest < self.epoch:
-            raise Fenced(f"epoch {self.epoch} is gone from {self.storage.root}/{FOLDER}: somebody removed it")
-
-    def check_newer(self) -> int:
-        """The newest epoch. Raises Fenced if that is a newer writer's."""
+        """Raises Fenced if a newer writer exists."""
         newest = max(read_epochs(self.storage), default=0)
         if newest > self.epoch:
             raise Fenced(
                 f"epoch {self.epoch} has been taken over by epoch {newest} ({_owner(self.storage, newest)}): "
                 "this writer stops, and what it has not committed is dropped"
             )
-        return newest
+        if newest < self.epoch:
+            raise Fenced(f"epoch {self.epoch} is gone from {self.storage.root}/{FOLDER}: somebody removed it")
 
     def went_on_from(self, step: int) -> None:
         """Writes down where this writer's history branches off. Once, before its first commit."""

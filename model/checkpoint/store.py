@@ -104,9 +104,12 @@ class CheckpointStore:
         self._group_broken = False
         self._writes_s: collections.deque[float] = collections.deque(maxlen=3)  # of the last saves committed
         self._failed_at: float | None = None  # monotonic; the last save failed
-        self._fenced: str | None = None
+        self._overtaken: str | None = None  # by a newer writer, as this rank alone has seen
+        self._overtaken_lock = threading.Lock()
+        self._fenced: str | None = None  # the same, as all ranks know
         self._lease: Lease | None = None
-        self._lease_lock = threading.Lock()  # while the next epoch is taken, the one before is not fenced but followed
+        self._lease_lock = threading.Lock()  # held while it changes: nobody takes our own next epoch for another's
+        self._is_begun = False  # the epoch of `begin` is still without a history
         self._epoch = 0
         self._names: set[str] = set()
         self._thread: threading.Thread | None = None
@@ -142,6 +145,15 @@ class CheckpointStore:
         )
         return found
 
+    def begin(self) -> None:
+        """Takes the next epoch, on rank 0: earlier writers are fenced from here on. `load_latest` goes on under it, and finds out
+        whether a later one has been taken meanwhile: so what is numbered in between has the order of the epochs. Where the
+        storage does not answer, `load_latest` says so."""
+        if self.rank == 0:
+            with contextlib.suppress(Exception):
+                self._take_epoch()
+                self._is_begun = True
+
     def load_latest(self, state: dict[str, Any], max_step: int | None = None) -> LoadedCheckpoint | None:
         """Fills `state` in place from the newest valid checkpoint (of step <= max_step) and becomes the one writer,
         whose history goes on from there: checkpoints of later steps are left behind.
@@ -174,9 +186,10 @@ class CheckpointStore:
         return None
 
     def _candidates(self, max_step: int | None) -> tuple[int, list[CheckpointInfo]]:
-        if not self.read_only:
-            if self._lease:
-                self._lease.check()
+        if self._lease and self._is_begun:
+            self._is_begun = False
+            self._lease.check()
+        elif not self.read_only:
             self._take_epoch()
         lived = policy.history(self.steps(), read_epochs(self.storage))
         epoch = self._lease.epoch if self._lease else 0
@@ -297,9 +310,9 @@ class CheckpointStore:
         """Whether to save at the next step, out of turn: a save failed a while (checkpoint.retry_save_s) ago and none has
         begun since, or there is a newer writer, of which `save` tells all ranks. Ranks learn of either at different
         times, and saving is for all together: agree on it, as on a signal."""
-        failed_at = self._failed_at
-        retry = failed_at is not None and time.monotonic() - failed_at >= self.config.retry_save_s
-        return retry or self._fenced is not None
+        if self._overtaken:
+            return self._idle.is_set()  # before, `save` would only say that it is busy
+        return self._failed_at is not None and time.monotonic() - self._failed_at >= self.config.retry_save_s
 
     def vet(self, step: int) -> bool:
         """Marks the newest checkpoint of this step as healthy, so that retention keeps it. Rank 0 acts, alone.
@@ -317,31 +330,33 @@ class CheckpointStore:
         return False
 
     def _watch_lease(self) -> None:
-        """Rank 0's thread: a fenced writer is told soon, not at its next save, which may be half an hour away or stalled."""
-        while not self._fenced:
+        """Rank 0's thread: who is overtaken is told soon, not at the next save, which may be half an hour away."""
+        while not self._overtaken:
             time.sleep(LEASE_CHECK_S)
-            try:
+            with contextlib.suppress(Exception):  # of the storage: the next look will tell, or the next commit
+                newest = max(read_epochs(self.storage), default=0)
                 with self._lease_lock:
-                    if self._lease and not self._fenced:
-                        self._lease.check_newer()
-            except Fenced as fenced:
-                self._fence(str(fenced))
-            except Exception:  # the storage is not to be reached: the next look or the next commit will tell
-                continue
+                    lease = self._lease
+                if lease and newest > lease.epoch:
+                    try:
+                        lease.check()
+                    except Fenced as fenced:
+                        self._note_overtaken(str(fenced))
 
     def _ready(self, planner: DefaultSavePlanner) -> bool:
         """Whether to stage now, agreed by all ranks; makes plan, buffers and groups as needed."""
         busy = not self._idle.is_set()
         changed = not busy and store_format.signature(planner.state_dict) != self._signature
-        flags = torch.tensor([busy, changed, self._fenced is not None, self._group_broken, self._epoch == 0])
+        overtaken = self._overtaken is not None or self._fenced is not None
+        flags = torch.tensor([busy, changed, overtaken, self._group_broken, self._epoch == 0])
         if self.world > 1:
             flags = flags.to(torch.uint8)
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        busy, changed, fenced, broken, new = map(bool, flags.tolist())
-        if fenced:
-            raise Fenced(self._fenced or "a newer writer has taken over: rank 0 knows which")
-        if busy:
+        busy, changed, overtaken, broken, new = map(bool, flags.tolist())
+        if busy:  # also where overtaken: the writing threads still talk to each other
             return False
+        if overtaken:
+            raise Fenced(self._overtaken or self._fenced or "a newer writer has taken over: rank 0 knows which")
         if broken:
             self._write_group = self._new_group()
             self._group_broken = False
@@ -353,7 +368,12 @@ class CheckpointStore:
 
     def _take_epoch(self) -> int:
         with self._lease_lock:
+            first = self._lease is None
+            if self._lease:
+                self._lease.check()
             self._lease = acquire(self.storage, self.writer)
+        if first:
+            threading.Thread(target=self._watch_lease, name="lease-watch", daemon=True).start()
         return self._lease.epoch
 
     def _prepare(self, state: dict[str, Any]) -> None:
@@ -397,8 +417,6 @@ class CheckpointStore:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
-            if self.rank == 0:
-                threading.Thread(target=self._watch_lease, name="lease-watch", daemon=True).start()
 
     @torch.no_grad()
     def _stage(self, planner: DefaultSavePlanner) -> None:
@@ -475,14 +493,13 @@ class CheckpointStore:
             self.saved_step = job.info.step
             self._writes_s.append(time.perf_counter() - job.started)
         if outcome["kind"] == "fenced":
-            self._fence(outcome["detail"])
+            self._note_overtaken(outcome["detail"])
+            self._fenced = outcome["detail"]
         else:
             self._event(outcome["kind"], job.info.step, f"step {job.info.step}: {outcome['detail']}")
         if self.rank == 0 and outcome["kind"] == "saved":
             try:
                 self._tidy(job)
-            except Fenced as fenced:
-                self._fence(str(fenced))
             except Exception as error:
                 self._event("remove_failed", job.info.step, f"old checkpoints not removed: {_why(error)}")
 
@@ -508,6 +525,8 @@ class CheckpointStore:
             failed = [(r, report) for r, report in enumerate(reports) if report["error"]]
             if not failed:
                 size = self._commit(job, reports)
+                if gap := self._overtaken_in_the_gap(job):
+                    return gap
                 seconds = time.perf_counter() - job.started
                 detail = f"{size / 1e6:.1f} MB in {seconds:.2f} s, training waited {job.stall_s * 1e3:.0f} ms"
                 return {"kind": "saved", "detail": detail}
@@ -516,8 +535,7 @@ class CheckpointStore:
             detail = "; ".join(f"rank {r}: {report['error']}" for r, report in failed[:4])
             detail += f" (and {len(failed) - 4} more ranks)" if len(failed) > 4 else ""
         except Fenced as fenced:
-            # A save that hung over a rewind was overtaken by its own run.
-            kind, detail = ("fenced" if job.lease is self._lease else "save_failed"), str(fenced)
+            kind, detail = self._kind_of(job), str(fenced)
         except Exception as error:
             kind, detail = "save_failed", _why(error)
         try:
@@ -525,6 +543,23 @@ class CheckpointStore:
         except Exception as error:
             detail += f"; what was written could not be removed yet ({_why(error)})"
         return {"kind": kind, "detail": detail}
+
+    def _kind_of(self, job: _Job) -> str:
+        """Of a save that was overtaken: by another writer, or, where it hung over a rewind, by its own run."""
+        with self._lease_lock:
+            return "fenced" if job.lease is self._lease else "save_failed"
+
+    def _overtaken_in_the_gap(self, job: _Job) -> dict[str, str]:
+        """Between the last look at the lease and the marker, after both: empty if not. What is committed stays, as the newer
+        writer may have gone on from it."""
+        assert job.lease is not None
+        try:
+            job.lease.check()
+        except Fenced as fenced:
+            return {"kind": self._kind_of(job), "detail": str(fenced)}
+        except Exception:  # of the storage: it is committed, and the next commit looks again
+            pass
+        return {}
 
     def _commit(self, job: _Job, reports: list[dict[str, Any]]) -> int:
         """Manifest, then the lease, then the marker. Returns the checkpoint's bytes."""
@@ -556,8 +591,6 @@ class CheckpointStore:
         return sum(f["bytes"] for f in files.values())
 
     def _tidy(self, job: _Job) -> None:
-        assert job.lease is not None
-        job.lease.check()  # a zombie removes nothing
         told = job.vetted  # perhaps only since the marker is on its way
         if told:
             self.storage.put(f"{job.info.name}/{VETTED}", b"")
@@ -578,10 +611,13 @@ class CheckpointStore:
         if not self.is_idle(self.config.write_timeout_s):
             self._event("save_failed", 0, f"still writing after {self.config.write_timeout_s:g} s: waiting no longer")
 
-    def _fence(self, detail: str) -> None:
-        if not self._fenced:  # a commit and the watch can both see it
-            self._fenced = detail
-            self._event("fenced", 0, detail)
+    def _note_overtaken(self, detail: str) -> None:
+        with (
+            self._overtaken_lock
+        ):  # a commit and the watch can both see it: it is told once, and before anybody acts on it
+            if not self._overtaken:
+                self._event("fenced", 0, detail)
+                self._overtaken = detail
 
     def _event(self, kind: str, step: int, detail: str) -> None:
         if self.rank == 0:

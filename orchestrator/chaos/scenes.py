@@ -318,7 +318,9 @@ def twice(scene: Scene) -> None:
 def at_once(scene: Scene) -> None:
     """Neither sees the other at work: the lease decides, and neither loses a record of the other."""
     stage = scene.stage(*TWO_RANKS)
-    gates = stage.gates(12, 13)  # one for each: else the fenced one may be at the end before a first save shows it
+    # One stops at the first and the other, for whom that has struck, at the second: else the fenced one could be at its end
+    # before a save of it, or a look, shows that it is.
+    gates = stage.gates(12, 13)
     stage.hurt("launched_twice_at_once")
     pair = [stage.launch(), stage.launch()]
     stage.wait(

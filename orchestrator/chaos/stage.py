@@ -167,6 +167,7 @@ class Stage:
         first = len(self.faults)
         self.faults += [Fault(kind="wait", step=step) for step in steps]
         faults.write(self.run.faults, self.faults)
+        self._marks(first).parent.mkdir(exist_ok=True)  # `go` may be called before a rank is there
         return list(range(first, len(self.faults)))
 
     def _marks(self, number: int) -> Path:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 
 from model.checkpoint.policy import CheckpointConfig
-from model.checkpoint.store import CheckpointStore
+from model.checkpoint.store import CheckpointStore, OnEvent
 
 PRELOADED = [
     "torch._dynamo",  # the first step of an optimizer imports it
@@ -109,7 +109,7 @@ class Events(list[tuple[str, int, str]]):
         return next(detail for k, _, detail in self if k == kind)
 
 
-def make_store(url: str, events: Events | None = None, **values: Any) -> CheckpointStore:
+def make_store(url: str, events: OnEvent | None = None, **values: Any) -> CheckpointStore:
     settings: dict[str, Any] = {"retries": 0, "retry_wait_s": 0.0, "retry_save_s": 0.0, "keep_last": 9, **values}
     return CheckpointStore(
         url, CheckpointConfig(name="test", **settings), on_event=Events() if events is None else events

@@ -79,6 +79,28 @@ def test_killed_while_it_resumes_the_next_start_finds_the_same(tmp_path: Path, w
         first.save(2, state(2), {}, wait=True)
 
 
+@pytest.mark.parametrize("where", ["manifest", "COMMITTED"])
+def test_a_save_that_hangs_over_a_rewind_fences_nobody(tmp_path: Path, where: str) -> None:
+    events, hangs, goes_on = Events(), threading.Event(), threading.Event()
+    store = make_store(f"faulty://{tmp_path}", events, write_timeout_s=0.2)
+    store.load_latest(state())
+
+    def hang() -> None:
+        hangs.set()
+        goes_on.wait(30)
+
+    FaultyFileSystem.faults["close", where] = hang
+    store.save(1, state(1), {})
+    assert hangs.wait(30)
+    store.load_latest(state(), max_step=0)  # under the next epoch
+    FaultyFileSystem.faults.clear()
+    goes_on.set()
+    assert store.is_idle(30)
+    assert store.save(2, state(2), {}, wait=True)
+    assert store.saved_step == 2
+    assert "fenced" not in events.kinds()
+
+
 def test_an_error_that_passes_is_retried_unseen(tmp_path: Path) -> None:
     events = Events()
     store = make_store(f"faulty://{tmp_path}", events, retries=2)

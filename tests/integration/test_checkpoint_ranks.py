@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_faults import Events, FaultyFileSystem, eio, kill, make_store, run_ranks
+from rank_trainer import make_trainer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,7 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from model.checkpoint.lease import Fenced
+from model.checkpoint import store as store_module
+from model.checkpoint.lease import Fenced, acquire
+from model.checkpoint.policy import CheckpointConfig
+from model.layout import Layout
 
 warnings.filterwarnings("ignore", module="torch")
 
@@ -201,8 +205,6 @@ def fenced_together(rank: int, folder: str) -> list[str]:
     store, trainee = make_store(folder), Trainee((1, 2, 1))
     store.load_latest(trainee.state())
     if rank == 0:  # the same run is started elsewhere
-        from model.checkpoint.lease import acquire
-
         acquire(store.storage, "a second launch")
     dist.barrier()
     said = []
@@ -216,3 +218,53 @@ def fenced_together(rank: int, folder: str) -> list[str]:
 def test_all_ranks_of_a_fenced_run_stop(tmp_path: Path) -> None:
     for said in run_ranks(fenced_together, 2, tmp_path, str(tmp_path / "checkpoints")):
         assert "taken over by epoch 2 (a second launch)" in said[0]
+
+
+def overtaken_while_it_trains(rank: int, folder: str) -> tuple[int, str]:
+    """The steps trained, and what ended them: no save is due for long."""
+    store_module.LEASE_CHECK_S = 0.05
+    store = make_store(folder)
+    load = store.load_latest
+
+    def load_and_start_elsewhere(state: dict[str, Any]) -> Any:
+        loaded = load(state)
+        if rank == 0:
+            acquire(store.storage, "a second launch")
+        return loaded
+
+    store.load_latest = load_and_start_elsewhere  # type: ignore[method-assign, assignment]
+    losses: list[float] = []
+    seldom = CheckpointConfig(name="t", every_steps=10**6)
+    layout = Layout(name="t", dp_shard=2)
+    trainer = make_trainer(rank, layout, 10**6, store, lambda *_, **__: None, losses, checkpoint=seldom)
+    with pytest.raises(Fenced) as fenced:
+        trainer.run()
+    return trainer.step, str(fenced.value)
+
+
+def test_ranks_between_two_saves_stop_together_when_overtaken(tmp_path: Path) -> None:
+    (steps, said), other = run_ranks(
+        overtaken_while_it_trains, 2, tmp_path, str(tmp_path / "checkpoints"), timeout_s=150
+    )
+    assert other == (steps, "a newer writer has taken over: rank 0 knows which")
+    assert "taken over by epoch 2 (a second launch)" in said
+
+
+def overtaken_before_a_rewind(rank: int, folder: str) -> str:
+    store_module.LEASE_CHECK_S = 0.05
+    told = threading.Event()
+    store, trainee = make_store(folder, lambda kind, *_: told.set() if kind == "fenced" else None), Trainee((1, 2, 1))
+    store.load_latest(trainee.state())
+    if rank == 0:
+        acquire(store.storage, "a second launch")
+        assert told.wait(30)
+    dist.barrier()
+    store.finish()  # rank 0 alone knows, and leaves nobody behind
+    with pytest.raises(Fenced) as fenced:
+        store.load_latest(trainee.state(), max_step=0)
+    return str(fenced.value)
+
+
+def test_ranks_that_rewind_when_overtaken_stop_together(tmp_path: Path) -> None:
+    for said in run_ranks(overtaken_before_a_rewind, 2, tmp_path, str(tmp_path / "checkpoints")):
+        assert "taken over by epoch 2 (a second launch)" in said

@@ -8,7 +8,9 @@ import pytest
 
 from orchestrator import registry
 from orchestrator.logs import log_errors
+from orchestrator.record import Event, JsonlWriter, utc_now
 from orchestrator.registry import RunRow
+from orchestrator.run_dir import RunDir
 
 ROW = RunRow(
     name="a", run_dir="runs/a", state="running", why="step 7", job_id="12", step=7, steps=3000, loss_nats=2.5,
@@ -57,3 +59,15 @@ def test_errors_are_found_once_with_their_lines(tmp_path: Path) -> None:
         ("1_0_log.out", 3, "RuntimeError: x"),
         ("1_0_log.out", 4, "NCCL WARN y"),
     ]
+
+
+def test_an_attempt_that_gave_way_to_another_does_not_tell_how_the_run_is(tmp_path: Path) -> None:
+    """Of two launches at the same moment the first to have its number may be the one that goes on."""
+    run = RunDir(tmp_path / "run")
+    run.spec.parent.mkdir()
+    run.spec.write_text("steps: 9\n")
+    for attempt, kind, fenced in ((1, "finished", False), (2, "failed", True)):
+        with JsonlWriter(run.attempt_file(run.events, attempt)) as events:
+            events.write(Event(time_utc=utc_now(), kind=kind, step=9, detail=kind, data={"fenced": fenced}))
+    (row,) = registry.rows([run.root])
+    assert (row.state, row.attempts) == ("finished", 2)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from model.checkpoint.lease import Fenced
+from model.checkpoint.lease import Fenced, Lease, acquire, read_epochs
 from model.checkpoint.policy import CheckpointConfig
-from model.checkpoint.storage import checksum
+from model.checkpoint.storage import Storage, checksum
 from model.checkpoint.store import CheckpointError, CheckpointStore
 
 FILES = ["COMMITTED", "manifest.json", "index.json", "rank-00000.safetensors"]
@@ -280,12 +280,32 @@ def test_a_rewind_to_before_every_checkpoint_finds_none_and_loses_none(tmp_path:
     assert loaded.step == 10
 
 
-def test_a_writer_that_saves_nothing_is_told_that_it_is_fenced_and_a_rewind_fences_nobody(
+def test_a_writer_that_saves_nothing_is_told_once_that_it_is_overtaken_and_a_rewind_overtakes_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.checkpoint.store.LEASE_CHECK_S", 0.001)
-    told = threading.Event()
-    events = Events()
+    looked = threading.Semaphore(0)
+
+    def acquire_slowly(*words: Any) -> Lease:
+        """Returns once the watch has seen the new epoch, which the store does not yet know for its own."""
+        lease = acquire(*words)
+        while looked.acquire(blocking=False):
+            pass
+        for _ in range(2):
+            assert looked.acquire(timeout=30)
+        return lease
+
+    def listed(storage: Storage) -> dict[int, int | None]:
+        if threading.current_thread().name == "lease-watch":
+            looked.release()
+            if not failed:
+                failed.append(True)
+                raise OSError("the storage is not to be reached")
+        return read_epochs(storage)
+
+    failed: list[bool] = []
+    monkeypatch.setattr("model.checkpoint.store.read_epochs", listed)
+    told, events = threading.Event(), Events()
 
     def hear(kind: str, step: int, detail: str) -> None:
         events(kind, step, detail)
@@ -293,17 +313,33 @@ def test_a_writer_that_saves_nothing_is_told_that_it_is_fenced_and_a_rewind_fenc
             told.set()
 
     first = CheckpointStore(str(tmp_path), config(), on_event=hear)
-    for _ in range(20):  # each takes the next epoch, of the same writer
+    first.load_latest(plain())
+    monkeypatch.setattr("model.checkpoint.store.acquire", acquire_slowly)
+    for _ in range(3):  # each takes the next epoch, of the same writer
         first.load_latest(plain())
     assert not first.save_due
+    monkeypatch.setattr("model.checkpoint.store.acquire", acquire)
     second = store(tmp_path)
     second.load_latest(plain())
     assert told.wait(30)
-    assert first.save_due
+    with pytest.raises(Fenced, match="taken over by epoch 5"):
+        first.save(1, plain(1), {})
+    with pytest.raises(Fenced):
+        first.load_latest(plain())
+    assert failed
     assert events.kinds() == ["fenced"]
     assert not second.save_due
-    with pytest.raises(Fenced, match="taken over by epoch 21"):
-        first.save(1, plain(1), {})
+
+
+def test_of_two_that_begin_the_later_goes_on_and_the_earlier_learns_it_before_its_first_step(tmp_path: Path) -> None:
+    first, second = store(tmp_path), store(tmp_path)
+    first.begin()
+    second.begin()
+    with pytest.raises(Fenced, match="epoch 1 has been taken over by epoch 2"):
+        first.load_latest(plain())
+    assert second.load_latest(plain()) is None
+    second.save(1, plain(1), {}, wait=True)
+    assert [(c.step, c.epoch) for c in second.steps()] == [(1, 2)]
 
 
 def test_the_same_run_started_twice_fences_the_first(tmp_path: Path) -> None:

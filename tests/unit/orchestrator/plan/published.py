@@ -166,14 +166,15 @@ LLAMA_3 = {
 
 def fsdp_of_torch() -> list[Row]:
     """FSDP on A100s, tokens/s a GPU: torchtitan's docs/performance.md at 0413364 (64 of them), and fms-fsdp's README at 0d31998
-    (128 of them, 400 Gb/s a node, gradients reduced in bf16), 7B and 13B replicated over nodes."""
+    (128 of them). Of the latter a later README gives the network, 400 Gb/s a node; ours are that "HSDP" shards inside a node and
+    that gradients are reduced in bf16, its mixed precision's default."""
     rows = []
     for name, model, at_once, recompute, published in (
         ("Llama 3 70B", LLAMA_3["70B"], 1, "full", 331), ("Llama 2 13B", LLAMA_2["13B"], 2, "none", 2162),
         ("Llama 2 70B", LLAMA_2["70B"], 2, "full", 353),
     ):  # fmt: skip
         layout = laid(dp_shard=64, microbatch_sequences=at_once, recompute=recompute)
-        label = f"{name}, 64 GPUs, recompute {recompute}"
+        label = f"{name}, 64 A100, recompute {recompute}"
         rows.append(Row("torchtitan", label, "tokens_per_s_per_gpu", published, model, layout, 64 * at_once, NOW))
     for size, shard, at_once, recompute, published in (
         ("7B", 8, 2, "none", 3760), ("13B", 8, 1, "none", 1700), ("34B", 128, 8, "full", 772), ("70B", 128, 6, "full", 380),
@@ -190,8 +191,8 @@ def misses() -> list[Row]:
     """What is off by more, and docs/plan.md says why. 20B of arXiv 2204.06745 on A100s of 40 GB, four 200 Gb/s links a node;
     GPU-hours of LLaMA 2 (2307.09288, table 2), which states no layout: LLaMA's own, with rows twice as long; GPU-hours of 405B's
     model card over 15.6T tokens; torchtitan's benchmarks/llama3_h100_202412 at 31a17bf: H100s of 500 W and 2.4 TB/s, the rows in
-    bf16 that are compiled (their peak taken as the cube root of the power), and its docs/performance.md's rows with selective
-    recomputation: each as our selective, and as full."""
+    bf16 that are compiled (their peak taken as the cube root of the power), and its docs/performance.md's rows with
+    "selective op", each as our selective and as full."""
     rows = [
         Row("2204.06745", "GPT-NeoX 20B", "hardware_tflops_per_gpu", 117, gpt(6144, 44, 64, 50432),
             laid(tp=2, pp=4, dp_replicate=12, microbatch_sequences=4, recompute="full"), 1536, MEGATRON_2021,
