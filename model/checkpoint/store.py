@@ -188,7 +188,7 @@ class CheckpointStore:
     def _candidates(self, max_step: int | None) -> tuple[int, list[CheckpointInfo]]:
         if self._lease and self._is_begun:
             self._is_begun = False
-            self._lease.check()
+            self._check(self._lease)
         elif not self.read_only:
             self._take_epoch()
         lived = policy.history(self.steps(), read_epochs(self.storage))
@@ -338,10 +338,14 @@ class CheckpointStore:
                 with self._lease_lock:
                     lease = self._lease
                 if lease and newest > lease.epoch:
-                    try:
-                        lease.check()
-                    except Fenced as fenced:
-                        self._note_overtaken(str(fenced))
+                    self._check(lease)
+
+    def _check(self, lease: Lease) -> None:
+        try:
+            lease.check()
+        except Fenced as fenced:
+            self._note_overtaken(str(fenced))
+            raise
 
     def _ready(self, planner: DefaultSavePlanner) -> bool:
         """Whether to stage now, agreed by all ranks; makes plan, buffers and groups as needed."""
@@ -370,7 +374,7 @@ class CheckpointStore:
         with self._lease_lock:
             first = self._lease is None
             if self._lease:
-                self._lease.check()
+                self._check(self._lease)
             self._lease = acquire(self.storage, self.writer)
         if first:
             threading.Thread(target=self._watch_lease, name="lease-watch", daemon=True).start()

@@ -332,11 +332,13 @@ def test_a_writer_that_saves_nothing_is_told_once_that_it_is_overtaken_and_a_rew
 
 
 def test_of_two_that_begin_the_later_goes_on_and_the_earlier_learns_it_before_its_first_step(tmp_path: Path) -> None:
-    first, second = store(tmp_path), store(tmp_path)
+    events = Events()
+    first, second = store(tmp_path, events), store(tmp_path)
     first.begin()
     second.begin()
     with pytest.raises(Fenced, match="epoch 1 has been taken over by epoch 2"):
         first.load_latest(plain())
+    assert events.kinds() == ["fenced"]
     assert second.load_latest(plain()) is None
     second.save(1, plain(1), {}, wait=True)
     assert [(c.step, c.epoch) for c in second.steps()] == [(1, 2)]
