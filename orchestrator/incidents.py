@@ -72,9 +72,15 @@ class Incidents:
             self._tell_hung(incident)
         events = read_events(self._directory.events)
         comes_again = incident.at_start and self._restarts == 0
-        if comes_again or any(e.kind == "finished" for e in events):
+        if comes_again or any(e.kind == "finished" for e in events) or self._is_overtaken(events):
             return False
         return crashes_so_far(events) < self._config.crash_budget and not self._directory.cancelled.exists()
+
+    def _is_overtaken(self, events: Sequence[Event]) -> bool:
+        """Whether this job's newest ranks have given way to another start of the run: theirs again would take it back."""
+        of_mine = {"job_id": self._job_id, "restart": self._restarts}
+        mine = [e.attempt for e in events if e.kind == "started" and of_mine.items() <= e.data.items()]
+        return any(e.kind == "fenced" and e.attempt in mine[-1:] for e in events)
 
     def restarted(self, incident: Incident, generation: int, seconds: float) -> None:
         self._tell(

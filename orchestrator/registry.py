@@ -94,11 +94,12 @@ def _row(
     ended: dict[str, queue.JobState] | None,
 ) -> RunRow:
     attempts = sorted(run.events.glob("attempt-*.jsonl"))
-    last = None
-    for attempt in reversed(attempts):
-        last = _last_event(attempt)
-        if last is None or not last.data.get("fenced"):  # that one has given way to another, which tells how the run is
-            break
+    last = _last_event(attempts[-1]) if attempts else None
+    if last and last.data.get(
+        "fenced"
+    ):  # it has given way to another, which tells how the run is, if it has spoken since
+        others = [e for e in map(_last_event, attempts[:-1]) if e and e.time_utc > last.time_utc]
+        last = max(others, key=lambda e: e.time_utc, default=last)
     supervised = [e for e in read_events(run.events, "supervise.jsonl")]
     records = sorted(run.records.glob("attempt-*.jsonl"), reverse=True)
     record = next((r for r in map(read_last, records) if r is not None), None)

@@ -132,14 +132,22 @@ class RunDir:
     def take_attempt(self) -> int:
         """The number of this start, 1 for the first. Its events' file is made here, exclusively: of two starts at one
         moment neither writes into the other's files."""
-        self.events.mkdir(parents=True, exist_ok=True)
-        taken = [int(p.stem.removeprefix("attempt-")) for p in self.events.glob("attempt-*.jsonl")]
-        attempt = max(taken, default=0) + 1
+        return self._take(self.events, 1)
+
+    def take_records(self, attempt: int) -> Path:
+        """An attempt's file of step records, made here, after all that are there: its own number, but for two starts at one
+        moment."""
+        return self.attempt_file(self.records, self._take(self.records, attempt))
+
+    def _take(self, folder: Path, number: int) -> int:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(p.stem.removeprefix("attempt-")) for p in folder.glob("attempt-*.jsonl")]
+        number = max([number, *(n + 1 for n in taken)])
         while True:
             with contextlib.suppress(FileExistsError):
-                self.attempt_file(self.events, attempt).touch(exist_ok=False)
-                return attempt
-            attempt += 1
+                self.attempt_file(folder, number).touch(exist_ok=False)
+                return number
+            number += 1
 
     def attempt_file(self, folder: Path, attempt: int) -> Path:
         return folder / f"attempt-{attempt:04d}.jsonl"

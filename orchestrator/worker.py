@@ -87,12 +87,19 @@ class RunRecorder:
     def __init__(self, run_dir: RunDir, attempt: int, is_main: bool) -> None:
         self.attempt, self.run = attempt, run_dir.root.name
         self.posted: threading.Thread | None = None  # the webhook's last call
-        self.steps = JsonlWriter(run_dir.attempt_file(run_dir.records, attempt)) if is_main else None
+        self.is_overtaken: Callable[[], bool] = lambda: False
+        self._run_dir, self._is_main = run_dir, is_main
+        self._steps: JsonlWriter | None = None
         self.events = JsonlWriter(run_dir.attempt_file(run_dir.events, attempt)) if is_main else None
 
     def step(self, **fields: Any) -> None:
-        if self.steps:
-            self.steps.write(StepRecord(time_utc=utc_now(), attempt=self.attempt, **fields))
+        """The file is made with the first step, after the checkpoints' epoch was taken and before a look for a newer one: of two
+        starts at one moment, the records of the one that goes on are read last; one overtaken by then writes none."""
+        if self._is_main and not self._steps:
+            self._steps = JsonlWriter(self._run_dir.take_records(self.attempt))
+            self._is_main = not self.is_overtaken()
+        if self._is_main and self._steps:
+            self._steps.write(StepRecord(time_utc=utc_now(), attempt=self.attempt, **fields))
 
     def event(self, kind: str, step: int, detail: str, /, **data: Any) -> None:
         if self.events:
@@ -124,12 +131,6 @@ def main(run_dir: str) -> str:
     recorder: RunRecorder | None = None
     try:
         ranks = place_ranks(spec.layout, device)
-        store = CheckpointStore(
-            spec.checkpoint.url or str(directory.checkpoints),
-            spec.checkpoint,
-            on_event=lambda *said: recorder.event(*said) if recorder else None,
-        )
-        store.begin()  # before the attempt has its number: of two starts, the one whose records count is the later one
         recorder = RunRecorder(directory, _agreed_attempt(directory, ranks), ranks.is_main)
         measured = spec.carbon.measure and here.local_rank == 0
         budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)
@@ -141,7 +142,7 @@ def main(run_dir: str) -> str:
             _BudgetWatch(directory, recorder, stop) if budgeted else nullcontext(),
         ):
             try:
-                return _train(spec, directory, here, ranks, dtype, memory, store, recorder, stop)
+                return _train(spec, directory, here, ranks, dtype, memory, recorder, stop)
             except (CheckpointError, Fenced) as error:  # told to a person as it is; every rank has it
                 recorder.event("failed", 0, str(error), fenced=isinstance(error, Fenced))
                 return "failed"
@@ -159,7 +160,6 @@ def _train(
     ranks: Ranks,
     dtype: torch.dtype,
     memory: str,
-    store: CheckpointStore,
     recorder: RunRecorder,
     stop: StopFlag,
 ) -> str:
@@ -172,6 +172,8 @@ def _train(
         seed=spec.seed,
         skips=[],
     )
+    store = CheckpointStore(spec.checkpoint.url or str(directory.checkpoints), spec.checkpoint, on_event=recorder.event)
+    recorder.is_overtaken = store.is_overtaken
     rank_flops = flops_per_token(spec.model) * spec.batch_tokens * spec.steps / spec.layout.gpus
     choices = choose(ranks.device, spec.compile, rank_flops, spec.layout)
     prepare(choices, ranks.mesh)

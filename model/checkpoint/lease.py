@@ -67,8 +67,9 @@ class Lease:
         self.storage.sync(FOLDER)
 
 
-def acquire(storage: Storage, owner: str | None = None) -> Lease:
-    """Takes the next epoch: every earlier writer is fenced from now on."""
+def acquire(storage: Storage, owner: str | None = None, after: Lease | None = None) -> Lease:
+    """Takes the next epoch: every earlier writer is fenced from now on. With `after`, the one that follows it; raises Fenced
+    where another writer has that."""
     mine = {
         "owner": owner or who(),
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -76,7 +77,10 @@ def acquire(storage: Storage, owner: str | None = None) -> Lease:
     }
     data = json.dumps(mine).encode()
     while True:
-        epoch = max(read_epochs(storage), default=0) + 1
+        newest = max(read_epochs(storage), default=0)
+        if after and newest != after.epoch:
+            after.check()
+        epoch = newest + 1
         name = f"{FOLDER}/epoch-{epoch:06d}"
         if storage.create(name, data) and storage.read(name) == data:
             storage.sync(FOLDER)

@@ -109,7 +109,6 @@ class CheckpointStore:
         self._fenced: str | None = None  # the same, as all ranks know
         self._lease: Lease | None = None
         self._lease_lock = threading.Lock()  # held while it changes: nobody takes our own next epoch for another's
-        self._is_begun = False  # the epoch of `begin` is still without a history
         self._epoch = 0
         self._names: set[str] = set()
         self._thread: threading.Thread | None = None
@@ -145,15 +144,6 @@ class CheckpointStore:
         )
         return found
 
-    def begin(self) -> None:
-        """Takes the next epoch, on rank 0: earlier writers are fenced from here on. `load_latest` goes on under it, and finds out
-        whether a later one has been taken meanwhile: so what is numbered in between has the order of the epochs. Where the
-        storage does not answer, `load_latest` says so."""
-        if self.rank == 0:
-            with contextlib.suppress(Exception):
-                self._take_epoch()
-                self._is_begun = True
-
     def load_latest(self, state: dict[str, Any], max_step: int | None = None) -> LoadedCheckpoint | None:
         """Fills `state` in place from the newest valid checkpoint (of step <= max_step) and becomes the one writer,
         whose history goes on from there: checkpoints of later steps are left behind.
@@ -161,7 +151,7 @@ class CheckpointStore:
         `state`: nested dicts and lists of tensors, DTensors and JSON values. None if there is nothing to load.
         Raises CheckpointError if there are checkpoints and none is valid; Fenced if a newer writer exists.
         """
-        self.finish()
+        self._join()  # whether a newer writer exists, rank 0 asks for all
         self._epoch, candidates = self._from_rank_0(lambda: self._candidates(max_step))
         self._failed_at = None
         passed_over = []
@@ -186,10 +176,7 @@ class CheckpointStore:
         return None
 
     def _candidates(self, max_step: int | None) -> tuple[int, list[CheckpointInfo]]:
-        if self._lease and self._is_begun:
-            self._is_begun = False
-            self._check(self._lease)
-        elif not self.read_only:
+        if not self.read_only:
             self._take_epoch()
         lived = policy.history(self.steps(), read_epochs(self.storage))
         epoch = self._lease.epoch if self._lease else 0
@@ -331,21 +318,21 @@ class CheckpointStore:
 
     def _watch_lease(self) -> None:
         """Rank 0's thread: who is overtaken is told soon, not at the next save, which may be half an hour away."""
-        while not self._overtaken:
+        while not self.is_overtaken():
             time.sleep(LEASE_CHECK_S)
-            with contextlib.suppress(Exception):  # of the storage: the next look will tell, or the next commit
-                newest = max(read_epochs(self.storage), default=0)
-                with self._lease_lock:
-                    lease = self._lease
-                if lease and newest > lease.epoch:
-                    self._check(lease)
 
-    def _check(self, lease: Lease) -> None:
-        try:
-            lease.check()
-        except Fenced as fenced:
-            self._note_overtaken(str(fenced))
-            raise
+    def is_overtaken(self) -> bool:
+        """Whether a newer writer exists, as rank 0 sees it, alone: one listing. `save` will tell all ranks."""
+        with contextlib.suppress(Exception):  # of the storage: the next look will tell, or the next commit
+            newest = max(read_epochs(self.storage), default=0)
+            with self._lease_lock:
+                lease = self._lease
+            if lease and newest > lease.epoch:
+                try:
+                    lease.check()
+                except Fenced as fenced:
+                    self._note_overtaken(str(fenced))
+        return self._overtaken is not None
 
     def _ready(self, planner: DefaultSavePlanner) -> bool:
         """Whether to stage now, agreed by all ranks; makes plan, buffers and groups as needed."""
@@ -357,7 +344,7 @@ class CheckpointStore:
             flags = flags.to(torch.uint8)
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         busy, changed, overtaken, broken, new = map(bool, flags.tolist())
-        if busy:  # also where overtaken: the writing threads still talk to each other
+        if busy and not (overtaken and broken):  # else the writing threads still talk to each other
             return False
         if overtaken:
             raise Fenced(self._overtaken or self._fenced or "a newer writer has taken over: rank 0 knows which")
@@ -373,9 +360,11 @@ class CheckpointStore:
     def _take_epoch(self) -> int:
         with self._lease_lock:
             first = self._lease is None
-            if self._lease:
-                self._check(self._lease)
-            self._lease = acquire(self.storage, self.writer)
+            try:
+                self._lease = acquire(self.storage, self.writer, self._lease)
+            except Fenced as fenced:
+                self._note_overtaken(str(fenced))
+                raise
         if first:
             threading.Thread(target=self._watch_lease, name="lease-watch", daemon=True).start()
         return self._lease.epoch
@@ -561,8 +550,9 @@ class CheckpointStore:
             job.lease.check()
         except Fenced as fenced:
             return {"kind": self._kind_of(job), "detail": str(fenced)}
-        except Exception:  # of the storage: it is committed, and the next commit looks again
-            pass
+        except Exception as error:
+            detail = f"committed, but whether a newer writer exists could not be asked: {_why(error)}"
+            return {"kind": "save_failed", "detail": detail}
         return {}
 
     def _commit(self, job: _Job, reports: list[dict[str, Any]]) -> int:

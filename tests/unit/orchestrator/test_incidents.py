@@ -1,12 +1,17 @@
 """What a run's own failures teach it."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from orchestrator.incidents import failures_so_far
+from orchestrator import spec as specs
+from orchestrator.incidents import Incidents, failures_so_far
 from orchestrator.plan.forecast import learnt_mttf_s
-from orchestrator.record import Event
+from orchestrator.record import Event, JsonlWriter
+from orchestrator.run_dir import RunDir
+from slurm.lead import Incident
 
 
 def event(kind: str, minute: int, attempt: int | None) -> Event:
@@ -32,3 +37,17 @@ def test_the_plans_rate_gives_way_to_what_the_run_has_seen() -> None:
     assert learnt_mttf_s(day, 0, 20 * day) == 11 * day
     assert learnt_mttf_s(math.inf, 0, day) == math.inf
     assert learnt_mttf_s(math.inf, 4, day) == day / 4
+
+
+def test_ranks_that_have_given_way_to_another_start_are_not_started_again(tmp_path: Path) -> None:
+    """A start of the same job before it, whose node was lost and lives on, and the one that took over."""
+    directory = RunDir(tmp_path)
+    with JsonlWriter(directory.events / "attempt-0001.jsonl") as events:
+        for attempt in (1, 2):
+            started = event("started", attempt, attempt)
+            events.write(replace(started, data={"job_id": "7", "restart": attempt - 1}))
+        events.write(event("fenced", 3, 1))
+    spec, crash = specs.compose([]), Incident(cause="crash", rank=0, node="", detail="")
+    for restarts, may in ((0, False), (1, True), (2, True)):
+        incidents = Incidents(directory, spec, lambda *_, **__: None, lambda *_: None, "7", restarts)
+        assert incidents.may_restart(crash) is may
