@@ -95,9 +95,8 @@ def _row(
 ) -> RunRow:
     attempts = sorted(run.events.glob("attempt-*.jsonl"))
     last = _last_event(attempts[-1]) if attempts else None
-    if last and last.data.get(
-        "fenced"
-    ):  # it has given way to another, which tells how the run is, if it has spoken since
+    if last and last.data.get("fenced"):
+        # It has given way to another, which tells how the run is, if it has spoken since.
         others = [e for e in map(_last_event, attempts[:-1]) if e and e.time_utc > last.time_utc]
         last = max(others, key=lambda e: e.time_utc, default=last)
     supervised = [e for e in read_events(run.events, "supervise.jsonl")]

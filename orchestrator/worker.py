@@ -88,17 +88,17 @@ class RunRecorder:
         self.attempt, self.run = attempt, run_dir.root.name
         self.posted: threading.Thread | None = None  # the webhook's last call
         self.is_overtaken: Callable[[], bool] = lambda: False
-        self._run_dir, self._is_main = run_dir, is_main
+        self._run_dir, self._writes_steps = run_dir, is_main
         self._steps: JsonlWriter | None = None
         self.events = JsonlWriter(run_dir.attempt_file(run_dir.events, attempt)) if is_main else None
 
     def step(self, **fields: Any) -> None:
         """The file is made with the first step, after the checkpoints' epoch was taken and before a look for a newer one: of two
         starts at one moment, the records of the one that goes on are read last; one overtaken by then writes none."""
-        if self._is_main and not self._steps:
+        if self._writes_steps and not self._steps:
             self._steps = JsonlWriter(self._run_dir.take_records(self.attempt))
-            self._is_main = not self.is_overtaken()
-        if self._is_main and self._steps:
+            self._writes_steps = not self.is_overtaken()
+        if self._writes_steps and self._steps:
             self._steps.write(StepRecord(time_utc=utc_now(), attempt=self.attempt, **fields))
 
     def event(self, kind: str, step: int, detail: str, /, **data: Any) -> None:

@@ -106,7 +106,7 @@ class CheckpointStore:
         self._failed_at: float | None = None  # monotonic; the last save failed
         self._overtaken: str | None = None  # by a newer writer, as this rank alone has seen
         self._overtaken_lock = threading.Lock()
-        self._fenced: str | None = None  # the same, as all ranks know
+        self._fenced = False  # all ranks know of it
         self._lease: Lease | None = None
         self._lease_lock = threading.Lock()  # held while it changes: nobody takes our own next epoch for another's
         self._epoch = 0
@@ -286,7 +286,7 @@ class CheckpointStore:
         """Waits for a save in flight, at most checkpoint.write_timeout_s. Raises Fenced if a newer writer exists."""
         self._join()
         if self._fenced:
-            raise Fenced(self._fenced)
+            raise Fenced(self._overtaken)
 
     def is_idle(self, within_s: float) -> bool:
         """Whether no save is in flight, for which it waits so long."""
@@ -318,8 +318,9 @@ class CheckpointStore:
 
     def _watch_lease(self) -> None:
         """Rank 0's thread: who is overtaken is told soon, not at the next save, which may be half an hour away."""
-        while not self.is_overtaken():
+        while not self._overtaken:
             time.sleep(LEASE_CHECK_S)
+            self.is_overtaken()
 
     def is_overtaken(self) -> bool:
         """Whether a newer writer exists, as rank 0 sees it, alone: one listing. `save` will tell all ranks."""
@@ -338,8 +339,7 @@ class CheckpointStore:
         """Whether to stage now, agreed by all ranks; makes plan, buffers and groups as needed."""
         busy = not self._idle.is_set()
         changed = not busy and store_format.signature(planner.state_dict) != self._signature
-        overtaken = self._overtaken is not None or self._fenced is not None
-        flags = torch.tensor([busy, changed, overtaken, self._group_broken, self._epoch == 0])
+        flags = torch.tensor([busy, changed, self._overtaken is not None, self._group_broken, self._epoch == 0])
         if self.world > 1:
             flags = flags.to(torch.uint8)
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
@@ -347,7 +347,7 @@ class CheckpointStore:
         if busy and not (overtaken and broken):  # else the writing threads still talk to each other
             return False
         if overtaken:
-            raise Fenced(self._overtaken or self._fenced or "a newer writer has taken over: rank 0 knows which")
+            raise Fenced(self._overtaken or "a newer writer has taken over: rank 0 knows which")
         if broken:
             self._write_group = self._new_group()
             self._group_broken = False
@@ -487,7 +487,7 @@ class CheckpointStore:
             self._writes_s.append(time.perf_counter() - job.started)
         if outcome["kind"] == "fenced":
             self._note_overtaken(outcome["detail"])
-            self._fenced = outcome["detail"]
+            self._fenced = True
         else:
             self._event(outcome["kind"], job.info.step, f"step {job.info.step}: {outcome['detail']}")
         if self.rank == 0 and outcome["kind"] == "saved":

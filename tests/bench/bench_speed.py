@@ -29,18 +29,11 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE.parents[1] / ".venv" / "peers"
 PEERS = ("litgpt", "torchtitan", "transformers")
 # Each without its dependencies, and then what its model needs: none may bring another torch.
-PACKAGES = ("litgpt==0.5.13", "torchtitan==0.2.2", "transformers", "lightning-utilities", "jsonargparse", "psutil")
-PACKAGES += (
-    "lightning",
-    "pytorch-lightning",
-    "torchmetrics",
-    "triton",
-    "torchdata",
-    "tensorboard",
-    "absl-py",
-    "grpcio",
-)
-PACKAGES += ("tyro", "docstring_parser", "typeguard")
+PACKAGES = (
+    "litgpt==0.5.13", "torchtitan==0.2.2", "transformers", "lightning-utilities", "jsonargparse", "psutil", "lightning",
+    "pytorch-lightning", "torchmetrics", "triton", "torchdata", "tensorboard", "absl-py", "grpcio", "tyro",
+    "docstring_parser", "typeguard",
+)  # fmt: skip
 JEMALLOC = "libjemalloc.so.2"
 DECAY_OFF = "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 FLOOR_BYTES = 16  # a parameter, its gradient and AdamW's two moments in fp32

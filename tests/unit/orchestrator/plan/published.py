@@ -164,18 +164,22 @@ LLAMA_3 = {
 }  # fmt: skip
 
 
+def torchtitan_a100(name: str, model: ModelConfig, at_once: int, recompute: str, published: float) -> Row:
+    """A row of torchtitan's docs/performance.md at 0413364: FSDP2 on 64 A100s."""
+    layout = laid(dp_shard=64, microbatch_sequences=at_once, recompute=recompute)
+    label = f"{name}, 64 A100, recompute {recompute}"
+    return Row("torchtitan", label, "tokens_per_s_per_gpu", published, model, layout, 64 * at_once, NOW)
+
+
 def fsdp_of_torch() -> list[Row]:
-    """FSDP on A100s, tokens/s a GPU: torchtitan's docs/performance.md at 0413364 (64 of them), and fms-fsdp's README at 0d31998
-    (128 of them). Of the latter a later README gives the network, 400 Gb/s a node; ours are that "HSDP" shards inside a node and
-    that gradients are reduced in bf16, its mixed precision's default."""
-    rows = []
-    for name, model, at_once, recompute, published in (
-        ("Llama 3 70B", LLAMA_3["70B"], 1, "full", 331), ("Llama 2 13B", LLAMA_2["13B"], 2, "none", 2162),
-        ("Llama 2 70B", LLAMA_2["70B"], 2, "full", 353),
-    ):  # fmt: skip
-        layout = laid(dp_shard=64, microbatch_sequences=at_once, recompute=recompute)
-        label = f"{name}, 64 A100, recompute {recompute}"
-        rows.append(Row("torchtitan", label, "tokens_per_s_per_gpu", published, model, layout, 64 * at_once, NOW))
+    """FSDP on A100s, tokens/s a GPU: torchtitan's, and fms-fsdp's README at 0d31998 (128 of them). Of the latter a later README
+    gives the network, 400 Gb/s a node; ours are that "HSDP" shards inside a node and that gradients are reduced in bf16, its
+    mixed precision's default."""
+    rows = [
+        torchtitan_a100("Llama 3 70B", LLAMA_3["70B"], 1, "full", 331),
+        torchtitan_a100("Llama 2 13B", LLAMA_2["13B"], 2, "none", 2162),
+        torchtitan_a100("Llama 2 70B", LLAMA_2["70B"], 2, "full", 353),
+    ]
     for size, shard, at_once, recompute, published in (
         ("7B", 8, 2, "none", 3760), ("13B", 8, 1, "none", 1700), ("34B", 128, 8, "full", 772), ("70B", 128, 6, "full", 380),
     ):  # fmt: skip
@@ -223,10 +227,7 @@ def misses() -> list[Row]:
     for name, model, at_once, published in (
         ("Llama 3 8B", LLAMA_3["8B"], 1, 2973), ("Llama 2 13B", LLAMA_2["13B"], 2, 1904), ("Llama 2 70B", LLAMA_2["70B"], 1, 355)
     ):  # fmt: skip
-        for recompute in ("selective", "full"):
-            layout = laid(dp_shard=64, microbatch_sequences=at_once, recompute=recompute)
-            label = f"{name}, 64 A100, recompute {recompute}"
-            rows.append(Row("torchtitan", label, "tokens_per_s_per_gpu", published, model, layout, 64 * at_once, NOW))
+        rows += [torchtitan_a100(name, model, at_once, r, published) for r in ("selective", "full")]
     return rows
 
 
