@@ -21,15 +21,10 @@ from orchestrator.record import kept_steps, unix_s
 
 _LIBFAKETIME = "libfaketimeMT.so.1"
 _SHIFT_SEEN_S = 1.5
-# libfaketime 0.9.10 answers EINVAL where a sleep's end has passed before it begins to wait
-_SLEEP = """import time
-_sleep = time.sleep
-def sleep(seconds):
-    try:
-        _sleep(seconds)
-    except OSError:
-        pass
-time.sleep = sleep
+# under libfaketime 0.9.10 each time.sleep fails at once with EINVAL (it takes the faked start from the monotonic end that
+# Python gives it), so every loop that sleeps would burn a core: a select, which libfaketime leaves alone, waits instead
+_SLEEP = """import select, time
+time.sleep = lambda seconds: select.select([], [], [], seconds) and None
 """
 
 
