@@ -89,7 +89,8 @@ def keep_memory(device: torch.device) -> str:
     """Has the allocator keep what it has freed, so that a step finds its memory where the last one left it. Returns what it did.
 
     glibc hands large blocks back to the kernel, which fills each page of the next one with zeros again: a tenth to a third of a
-    step on a CPU. What jemalloc with decay off and huge pages gives, without a package or a preload.
+    step on a CPU. What jemalloc with decay off and huge pages gives, without a package or a preload. The ranks' environment adds
+    what cannot be chosen from within (orchestrator/incidents.py: CPU_HEAP).
     """
     if device.type == "cuda":
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # freed blocks of any size fit again
@@ -101,11 +102,12 @@ def keep_memory(device: torch.device) -> str:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return "the system's allocator as it is (not glibc)"
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    trim_threshold, mmap_max = -1, -4  # malloc.h
     libc.mallopt(mmap_max, 0)  # everything from one heap, large blocks too
     libc.mallopt(trim_threshold, -1)  # which never shrinks
-    libc.mallopt(top_pad, 64 << 20)  # and grows by 64 MiB at least
-    return "glibc's heap, kept" + (" in huge pages" if _advise_huge_pages(libc) else "")
+    huge_pages = " in huge pages" if _advise_huge_pages(libc) else ""
+    unbroken = ", no block held back" if "glibc.malloc.tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "") else ""
+    return f"glibc's heap, kept{huge_pages}{unbroken}"
 
 
 def _advise_huge_pages(libc: ctypes.CDLL) -> bool:

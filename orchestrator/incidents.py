@@ -1,5 +1,6 @@
 """What a crash or a hang of a rank means for the run: told, written down, restarted within the crash budget or not."""
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
 
@@ -7,6 +8,10 @@ from orchestrator import spec as specs
 from orchestrator.record import Event, read_events, say, unix_s
 from orchestrator.run_dir import RunDir
 from slurm.lead import Incident, Lead, Slow
+
+CPU_HEAP = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""Environment of ranks on CPUs. glibc keeps small freed blocks at hand for each thread, as in use: those between a model's large
+blocks hold them apart, and step by step the heap grows by a tenth (docs/speed.md). Can only be said before a process starts."""
 
 Tell = Callable[..., object]  # (kind, step, detail, **data): an event, durable before it returns
 Lemon = Callable[[str, str], object]  # (node, why): to the ledger of nodes that let jobs down
@@ -59,11 +64,15 @@ class Incidents:
         self, directory: RunDir, spec: specs.RunSpec, tell: Tell, lemon: Lemon, job_id: str, restarts: int
     ) -> None:
         self._directory, self._config, self._tell, self._lemon = directory, spec.cluster, tell, lemon
+        self._on_cpu = spec.gpu.device == "cpu"
         self._job_id, self._restarts = job_id, restarts
 
     def lead(self, ranks: int, host: str, bind: str = "") -> Lead:
         config = self._config
-        return Lead(ranks, host, self, config.hang_timeout_s, config.hang_timeout_slow_s, config.straggler_ratio, bind)
+        lead = Lead(ranks, host, self, config.hang_timeout_s, config.hang_timeout_slow_s, config.straggler_ratio, bind)
+        if self._on_cpu and not CPU_HEAP.keys() & os.environ:  # what the user set stays
+            lead.environment |= CPU_HEAP
+        return lead
 
     def may_restart(self, incident: Incident) -> bool:
         """Within the crash budget. An error that every rank of a first start raises before its first step comes again."""
