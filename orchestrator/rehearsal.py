@@ -131,7 +131,7 @@ class _Rehearsal:
         self.spec = replace(spec, cluster=plain, gpu=replace(spec.gpu, device="cpu"))
         self.cluster, self.run_dir, self.console, self.checks = cluster, RunDir(root), console, checks
         self.sizes = {axis: getattr(spec.layout, axis) for axis in AXES}
-        self.job_id = ""
+        self.job_id, self.restart = "", 0
 
     def run(self) -> None:
         self.run_dir.root.mkdir(parents=True)
@@ -221,6 +221,7 @@ class _Rehearsal:
         return "the run is finished and its job COMPLETED"
 
     def _resumed(self, restart: int, causes: set[str], without: str = "", warned: bool = True) -> str:
+        self.restart = restart
         placed = self._placed(restart, without)
         resumed_in = {"kind": "resumed", "attempt": restart + 1}
         self._wait(
@@ -258,9 +259,11 @@ class _Rehearsal:
         wait_s = _WAIT_S + self.spec.cluster.gpus / 2
         until = time.monotonic() + wait_s
         while not condition():
+            events = self._events()
+            unasked = [e for e in events if e.kind == "requeued"][self.restart :]
             failed = next(
-                (e for e in self._events() if e.kind == "failed" or (e.kind == "unfit" and "slurmd" not in e.detail)),
-                None,
+                (e for e in events if e.kind == "failed" or (e.kind == "unfit" and "slurmd" not in e.detail)),
+                unasked[0] if unasked else None,
             )
             if failed or time.monotonic() > until:
                 raise DidNotHold(

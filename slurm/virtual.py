@@ -337,7 +337,7 @@ class VirtualCluster:
             f"SlurmdTimeout={20 + self.nodes * self.gpus_per_node // 40}",
             "SlurmctldTimeout=20",
             f"KillWait={15 + self.nodes * self.gpus_per_node // 20}",
-            f"MessageTimeout={10 + self.nodes * self.gpus_per_node // 50}",
+            f"MessageTimeout={10 + self.nodes * self.gpus_per_node // 16}",
             "MinJobAge=600",
             "SchedulerType=sched/backfill",
             "SchedulerParameters=bf_interval=2,sched_interval=5,batch_sched_delay=0,sched_min_interval=0,defer_batch",
