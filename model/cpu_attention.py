@@ -30,6 +30,10 @@ def _starts(tokens: int) -> tuple[range, int]:
     return range(0, tokens, block), block
 
 
+def _up_to(end: int) -> Tensor:
+    return torch.arange(end, dtype=torch.int32)  # int64 makes a sixth more of the softmax
+
+
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_GTH: Tensor, k_GTH: Tensor, v_GTH: Tensor) -> Tensor:
@@ -38,7 +42,7 @@ class _BlockAttention(torch.autograd.Function):
         for start in starts:
             end = min(start + block, q_GTH.shape[1])
             scores = torch.bmm(q_GTH[:, start:end], k_GTH[:, :end].transpose(1, 2)).float() / math.sqrt(q_GTH.shape[-1])
-            seen = torch.arange(end)[None, :] <= torch.arange(start, end)[:, None]
+            seen = _up_to(end)[None, :] <= _up_to(end)[start:, None]
             scores = torch.where(seen, scores, -math.inf)
             highest = scores.amax(dim=-1, keepdim=True)
             weights = (scores - highest).exp()
@@ -66,7 +70,7 @@ class _BlockAttention(torch.autograd.Function):
             # again and keep them for this one.
             scores_GKI = torch.bmm(k, q.transpose(1, 2)).float() * scale
             keys, queries = scores_GKI.shape[1:]
-            seen = torch.arange(keys)[:, None] <= torch.arange(queries)[None, :]
+            seen = _up_to(keys)[:, None] <= _up_to(queries)[None, :]
             weights = torch.where(seen, (scores_GKI - log_sum[:, :, start:]).exp(), 0.0)
             grad_weights = torch.bmm(v, grad.transpose(1, 2)).float()
             grad_scores = (weights * (grad_weights - delta[:, :, start:]) * scale).to(dtype)
