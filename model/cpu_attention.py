@@ -31,7 +31,7 @@ def _starts(tokens: int) -> tuple[range, int]:
 
 
 def _up_to(end: int) -> Tensor:
-    return torch.arange(end, dtype=torch.int32)  # int64 makes a sixth more of the softmax
+    return torch.arange(end, dtype=torch.int32)  # int64 takes 10 to 20% longer over all but the products
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -4,9 +4,7 @@ Attention needs no choice here: model/attention.py asks for a fused kernel by na
 fused one on CPU and CUDA. float8 is off: it changes the loss curve, which a user must ask for, and nothing here does.
 """
 
-import ctypes
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from model import heap
 from model.layout import Layout
 
 COMPILE_FLOPS = 1.5e14
@@ -86,45 +85,11 @@ def prepare(choices: Choices, mesh: DeviceMesh | None) -> None:
 
 
 def keep_memory(device: torch.device) -> str:
-    """Has the allocator keep what it has freed, so that a step finds its memory where the last one left it. Returns what it did.
-
-    glibc hands large blocks back to the kernel, which fills each page of the next one with zeros again: a tenth to a third of a
-    step on a CPU. What jemalloc with decay off and huge pages gives, without a package or a preload. The ranks' environment adds
-    what cannot be chosen from within (orchestrator/incidents.py: CPU_HEAP).
-    """
+    """Has the allocator keep what it frees, so that a step finds its memory where the last one left it. Returns what it did."""
     if device.type == "cuda":
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # freed blocks of any size fit again
         return "expandable segments"
-    if "jemalloc" in os.environ.get("LD_PRELOAD", "") or "tcmalloc" in os.environ.get("LD_PRELOAD", ""):
-        return "the preloaded allocator"
-    if not sys.platform.startswith("linux"):
-        return "the system's allocator as it is"
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return "the system's allocator as it is (not glibc)"
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    libc.mallopt(mmap_max, 0)  # everything from one heap, large blocks too
-    libc.mallopt(trim_threshold, -1)  # which never shrinks
-    huge_pages = " in huge pages" if _advise_huge_pages(libc) else ""
-    unbroken = ", no block held back" if "glibc.malloc.tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "") else ""
-    return f"glibc's heap, kept{huge_pages}{unbroken}"
-
-
-def _advise_huge_pages(libc: ctypes.CDLL) -> bool:
-    """Stretches the heap, untouched, over half of the free memory and asks for huge pages in it: what is allocated later lies
-    there. Nothing is used by it until it is."""
-    page, huge_page, advice = os.sysconf("SC_PAGE_SIZE"), 2 << 20, 14  # MADV_HUGEPAGE
-    length = os.sysconf("SC_AVPHYS_PAGES") * page // 2
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    block = libc.malloc(length)
-    if not block:
-        return False
-    start = -(-block // huge_page) * huge_page
-    refused = libc.madvise(start, (block + length - start) // huge_page * huge_page, advice)
-    libc.free(block)
-    return bool(refused == 0)
+    return heap.keep()
 
 
 def _compile_fails(device: torch.device) -> str:

@@ -4,14 +4,11 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
 
+from model.heap import WITHOUT_THREAD_CACHES
 from orchestrator import spec as specs
 from orchestrator.record import Event, read_events, say, unix_s
 from orchestrator.run_dir import RunDir
 from slurm.lead import Incident, Lead, Slow
-
-CPU_HEAP = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
-"""Environment of ranks on CPUs. glibc keeps small freed blocks at hand for each thread, as in use: those between a model's large
-blocks hold them apart, and step by step the heap grows by a tenth (docs/speed.md). Can only be said before a process starts."""
 
 Tell = Callable[..., object]  # (kind, step, detail, **data): an event, durable before it returns
 Lemon = Callable[[str, str], object]  # (node, why): to the ledger of nodes that let jobs down
@@ -70,8 +67,8 @@ class Incidents:
     def lead(self, ranks: int, host: str, bind: str = "") -> Lead:
         config = self._config
         lead = Lead(ranks, host, self, config.hang_timeout_s, config.hang_timeout_slow_s, config.straggler_ratio, bind)
-        if self._on_cpu and not CPU_HEAP.keys() & os.environ:  # what the user set stays
-            lead.environment |= CPU_HEAP
+        if self._on_cpu and not WITHOUT_THREAD_CACHES.keys() & os.environ:  # what the user set stays
+            lead.environment |= WITHOUT_THREAD_CACHES
         return lead
 
     def may_restart(self, incident: Incident) -> bool:

@@ -131,7 +131,7 @@ class _Rehearsal:
         self.spec = replace(spec, cluster=plain, gpu=replace(spec.gpu, device="cpu"))
         self.cluster, self.run_dir, self.console, self.checks = cluster, RunDir(root), console, checks
         self.sizes = {axis: getattr(spec.layout, axis) for axis in AXES}
-        self.job_id, self.restart = "", 0
+        self.job_id, self.asked_requeues = "", 0
 
     def run(self) -> None:
         self.run_dir.root.mkdir(parents=True)
@@ -221,7 +221,7 @@ class _Rehearsal:
         return "the run is finished and its job COMPLETED"
 
     def _resumed(self, restart: int, causes: set[str], without: str = "", warned: bool = True) -> str:
-        self.restart = restart
+        self.asked_requeues = restart
         placed = self._placed(restart, without)
         resumed_in = {"kind": "resumed", "attempt": restart + 1}
         self._wait(
@@ -260,19 +260,20 @@ class _Rehearsal:
         until = time.monotonic() + wait_s
         while not condition():
             events = self._events()
-            unasked = [e for e in events if e.kind == "requeued"][self.restart :]
-            failed = next(
-                (e for e in events if e.kind == "failed" or (e.kind == "unfit" and "slurmd" not in e.detail)),
-                unasked[0] if unasked else None,
-            )
-            if failed or time.monotonic() > until:
-                raise DidNotHold(
-                    f"{failed.detail if failed else f'waited {wait_s:g} s for {what}'}; {self._last_log()}"
-                )
+            bad = (e for e in events if e.kind == "failed" or (e.kind == "unfit" and "slurmd" not in e.detail))
+            why = next(
+                (e.detail for e in bad), ""
+            )  # the preflight may be the first to see the lost node: without slurmd
+            if unasked := [e.detail for e in events if e.kind == "requeued"][self.asked_requeues :]:
+                why = why or f"a requeue that nobody asked for: {unasked[0]}"
+            if not why and time.monotonic() > until:
+                why = f"waited {wait_s:g} s for {what}"
+            if why:
+                raise DidNotHold(f"{why}; {self._last_log()}")
             time.sleep(0.3)
 
     def _last_log(self) -> str:
-        with contextlib.suppress(OSError, IndexError):
+        with contextlib.suppress(OSError, ValueError):
             log = max(self.run_dir.logs.glob("*_0_log.out"), key=lambda p: p.stat().st_mtime)
             return "its log ends: " + " / ".join(log.read_text(errors="replace").splitlines()[-3:])
         return "there is no log"

@@ -305,9 +305,8 @@ class Lead:
         for stranger in [s for s in self._strangers if time.monotonic() - s.since_s > _STRANGER_S]:
             self._drop(stranger)
         if lost is not None and not losing:
-            came = sum(k.ready for k in self._keepers.values()) + lost.ready
             early = (
-                f", when {came} of {self.ranks} ranks had come: if the launch failed, srun's words are in rank 0's log"
+                f" before all {self.ranks} ranks had come: if the launch failed, rank 0's log has the launcher's words"
             )
             raise _Lost(lost.rank, lost.node, "its keeper is gone" + ("" if self.generation else early))
         return heard

@@ -337,6 +337,7 @@ class VirtualCluster:
             f"SlurmdTimeout={20 + self.nodes * self.gpus_per_node // 40}",
             "SlurmctldTimeout=20",
             f"KillWait={15 + self.nodes * self.gpus_per_node // 20}",
+            # Slurm warns above 100 s, for nodes that are machines: 51 were too few for 2,048 ranks on two slow cores, 138 not.
             f"MessageTimeout={10 + self.nodes * self.gpus_per_node // 16}",
             "MinJobAge=600",
             "SchedulerType=sched/backfill",

@@ -19,7 +19,6 @@ from orchestrator.chaos.stage import TWO_RANKS, DidNotHold, Stage
 from orchestrator.faults import Fault
 from orchestrator.record import kept_steps, unix_s
 
-_LIBFAKETIME = "libfaketimeMT.so.1"
 _SHIFT_SEEN_S = 1.5
 # under libfaketime 0.9.10 each time.sleep fails at once with EINVAL (it takes the faked start from the monotonic end that
 # Python gives it), so every loop that sleeps would burn a core: a select, which libfaketime leaves alone, waits instead
@@ -333,24 +332,32 @@ def at_once(scene: Scene) -> None:
 # ------------------------------------------------------------------------------------------------------ clock and world
 
 
-def clock(scene: Scene) -> None:
-    library = next((p for p in Path("/usr/lib").glob(f"*/faketime/{_LIBFAKETIME}")), None)
-    if library is None:
-        raise Skipped("the clock is shifted by libfaketime: apt-get install libfaketime")
-    shift = scene.workplace / "shift"
+def find_libfaketime() -> Path | None:
+    return next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+def faked_clock(library: Path, shift: Path, tools: Path) -> dict[str, str]:
+    """The environment of processes whose clock, but not what they wait by, goes as the file `shift` says."""
     shift.write_text("+0\n")
-    tools = scene.workplace / "tools"
     tools.mkdir()
     (tools / "sitecustomize.py").write_text(_SLEEP)
-    env = {
+    return {
         "PYTHONPATH": os.pathsep.join([str(tools), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "LD_PRELOAD": str(library),
         "FAKETIME_TIMESTAMP_FILE": str(shift),
         "FAKETIME_CACHE_DURATION": "1",  # seconds until a shift is seen
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "FAKETIME_FORCE_MONOTONIC_FIX": "0",  # else waits on monotonic conditions, as for the interpreter's lock, end at once
         "FAKETIME_DONT_RESET": "1",
     }
-    stage = scene.stage(*TWO_RANKS, env=env)
+
+
+def clock(scene: Scene) -> None:
+    library = find_libfaketime()
+    if library is None:
+        raise Skipped("the clock is shifted by libfaketime: apt-get install libfaketime")
+    shift = scene.workplace / "shift"
+    stage = scene.stage(*TWO_RANKS, env=faked_clock(library, shift, scene.workplace / "tools"))
     stage.faults = [Fault(kind="usr2", step=43)]
     ahead, back = stage.gates(12, 27)
     launch = stage.launch()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from model.device import has_bf16
-from orchestrator.incidents import CPU_HEAP
+from model.heap import WITHOUT_THREAD_CACHES
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE.parents[1] / ".venv" / "peers"
@@ -59,7 +59,7 @@ def measure(
     """One process of one contender. Raises RuntimeError with the end of what it said where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     if tuned and contender == "arriero":
-        environment = CPU_HEAP | environment  # as its ranks are started
+        environment = WITHOUT_THREAD_CACHES | environment  # as its ranks are started
     elif tuned and jemalloc:
         environment |= {"LD_PRELOAD": jemalloc, "MALLOC_CONF": DECAY_OFF}
     python = sys.executable if contender == "arriero" else peers_python()

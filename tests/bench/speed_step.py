@@ -3,7 +3,8 @@
 `python speed_step.py CONTENDER SHAPE TUNED STEPS PRECISION [without_products]` prints a JSON line; with 0 steps, where one goes.
 `without_products` fills matrix products with a constant: memory, and the time of all else, on a processor that would take
 minutes for a step in bf16 (of the peers' fused attention, one pass over what it reads and keeps is left). Peers run in the
-environment that bench_speed.py makes, which shares this project's torch and nothing else.
+environment that bench_speed.py makes, which shares this project's torch and nothing else; ours with what model/heap.py asks of
+the environment of ranks.
 """
 
 import json

@@ -1,8 +1,4 @@
-"""What is chosen for the device: when code is compiled, what it computes, and memory that is kept."""
-
-import os
-import subprocess
-import sys
+"""What is chosen for the device: when code is compiled, and what it computes."""
 
 import pytest
 import torch
@@ -12,36 +8,9 @@ from model.config import ModelConfig
 from model.device import COMPILE_FLOPS, Choices, choose, prepare
 from model.layout import Layout
 from model.transformer import Transformer
-from orchestrator.incidents import CPU_HEAP
 
 CPU = torch.device("cpu")
 ONE_RANK = Layout(name="test")
-PAGE_FAULTS = """
-import resource, sys, torch
-from model.device import keep_memory
-print(keep_memory(torch.device("cpu")), file=sys.stderr)
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24), torch.ones(1 << 23)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-SMALL_BLOCKS_OF_A_THREAD = """
-import ctypes, threading, torch
-from model.device import keep_memory
-print(keep_memory(torch.device("cpu")))
-libc = ctypes.CDLL(None)
-libc.aligned_alloc.restype, libc.aligned_alloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t, ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
-def anonymous_kib():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-def work():
-    before = anonymous_kib()
-    for _ in range(50_000):
-        libc.free(libc.aligned_alloc(64, 64))
-    print(anonymous_kib() - before)
-thread = threading.Thread(target=work)
-thread.start(), thread.join()
-"""
 
 
 def test_a_short_run_is_not_compiled_and_says_why() -> None:
@@ -62,25 +31,6 @@ def test_without_a_compiler_a_long_run_goes_on_and_says_why(
 
 def _no_compiler(*_: object, **__: object) -> object:
     raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a trace")
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
-def test_memory_that_is_freed_is_found_again_without_page_faults() -> None:
-    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True)
-    assert "kept" in done.stderr
-    assert int(done.stdout) < 100  # 24,576 pages of 4 KiB otherwise
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
-def test_small_blocks_of_a_thread_are_found_again_too() -> None:
-    """Compiled kernels take vectors for their sums in each thread: kept memory must not mean that each touches a new page."""
-    done = subprocess.run(
-        [sys.executable, "-c", SMALL_BLOCKS_OF_A_THREAD], capture_output=True, text=True, check=True,
-        env={**os.environ, **CPU_HEAP},
-    )  # fmt: skip
-    told, grown_kib = done.stdout.splitlines()
-    assert "no block held back" in told
-    assert int(grown_kib) < 2_000  # 9 MiB where the thread's heap grew by 64 MiB at a time
 
 
 @pytest.mark.slow

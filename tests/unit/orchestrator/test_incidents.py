@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from model.heap import WITHOUT_THREAD_CACHES
 from orchestrator import spec as specs
-from orchestrator.incidents import CPU_HEAP, Incidents, failures_so_far
+from orchestrator.incidents import Incidents, failures_so_far
 from orchestrator.plan.forecast import learnt_mttf_s
 from orchestrator.record import Event, JsonlWriter
 from orchestrator.run_dir import RunDir
@@ -55,12 +56,12 @@ def test_ranks_that_have_given_way_to_another_start_are_not_started_again(tmp_pa
 
 @pytest.mark.parametrize(
     ("gpu", "users", "told"),
-    [("cpu", None, CPU_HEAP), ("cpu", "glibc.malloc.perturb=1", {}), ("a100_80gb", None, {})],
+    [("cpu", None, WITHOUT_THREAD_CACHES), ("cpu", "glibc.malloc.perturb=1", {}), ("a100_80gb", None, {})],
 )
 def test_ranks_on_cpus_are_started_with_a_heap_for_large_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, users: str | None, told: dict[str, str]
 ) -> None:
-    (name,) = CPU_HEAP
+    (name,) = WITHOUT_THREAD_CACHES
     monkeypatch.setenv(name, users) if users else monkeypatch.delenv(name, raising=False)
     spec = specs.compose([f"gpu={gpu}"])
     lead = Incidents(RunDir(tmp_path), spec, lambda *_, **__: None, lambda *_: None, "7", 0).lead(1, "127.0.0.1")

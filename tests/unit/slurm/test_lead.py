@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.keeper import LEAD
+from slurm.keeper import LEAD, TOKEN
 from slurm.lead import Incident, Lead, Paces, Slow, blame, guilty
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -239,3 +239,17 @@ def test_who_does_not_know_the_token_is_not_heard(tmp_path: Path) -> None:
     keepers.lead.close()
     keepers.thread.join(20)
     assert keepers.lead.incident is not None
+
+
+def test_a_keeper_that_goes_before_all_ranks_have_come_is_told_as_a_launch_that_may_have_failed(tmp_path: Path) -> None:
+    keepers = Keepers(tmp_path, 2)
+    keepers.thread.start()
+    host, port = keepers.lead.environment[LEAD].split(":")
+    with socket.create_connection((host, int(port))) as keeper:
+        said = {"token": keepers.lead.environment[TOKEN], "rank": 1, "node": "node7", "pid": 1}
+        keeper.sendall(json.dumps(said).encode() + b"\n")
+    keepers.thread.join(20)
+    incident = keepers.lead.incident
+    assert incident is not None
+    assert (incident.cause, incident.rank, incident.node) == ("lost", 1, "node7")
+    assert "before all 2 ranks had come" in incident.detail
