@@ -260,16 +260,14 @@ class _Rehearsal:
         until = time.monotonic() + wait_s
         while not condition():
             events = self._events()
-            bad = (e for e in events if e.kind == "failed" or (e.kind == "unfit" and "slurmd" not in e.detail))
-            why = next(
-                (e.detail for e in bad), ""
-            )  # the preflight may be the first to see the lost node: without slurmd
-            if unasked := [e.detail for e in events if e.kind == "requeued"][self.asked_requeues :]:
-                why = why or f"a requeue that nobody asked for: {unasked[0]}"
-            if not why and time.monotonic() > until:
-                why = f"waited {wait_s:g} s for {what}"
-            if why:
-                raise DidNotHold(f"{why}; {self._last_log()}")
+            # The preflight may be the first to see the lost node, which has no slurmd.
+            bad = [e.detail for e in events if e.kind == "failed" or (e.kind == "unfit" and "slurmd" not in e.detail)]
+            requeues = [e.detail for e in events if e.kind == "requeued"]
+            bad += [f"a requeue that nobody asked for: {detail}" for detail in requeues[self.asked_requeues :]]
+            if not bad and time.monotonic() > until:
+                bad = [f"waited {wait_s:g} s for {what}"]
+            if bad:
+                raise DidNotHold(f"{bad[0]}; {self._last_log()}")
             time.sleep(0.3)
 
     def _last_log(self) -> str:

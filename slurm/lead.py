@@ -305,10 +305,10 @@ class Lead:
         for stranger in [s for s in self._strangers if time.monotonic() - s.since_s > _STRANGER_S]:
             self._drop(stranger)
         if lost is not None and not losing:
-            early = (
-                f" before all {self.ranks} ranks had come: if the launch failed, rank 0's log has the launcher's words"
-            )
-            raise _Lost(lost.rank, lost.node, "its keeper is gone" + ("" if self.generation else early))
+            detail = "its keeper is gone"
+            if self.generation == 0:
+                detail += f" before all {self.ranks} ranks had come: if the launch failed, rank 0's log has its words"
+            raise _Lost(lost.rank, lost.node, detail)
         return heard
 
     def _accept(self) -> None:

@@ -20,7 +20,7 @@ from orchestrator.faults import Fault
 from orchestrator.record import kept_steps, unix_s
 
 _SHIFT_SEEN_S = 1.5
-# under libfaketime 0.9.10 each time.sleep fails at once with EINVAL (it takes the faked start from the monotonic end that
+# Under libfaketime 0.9.10 each time.sleep fails at once with EINVAL (it takes the faked start from the monotonic end that
 # Python gives it), so every loop that sleeps would burn a core: a select, which libfaketime leaves alone, waits instead
 _SLEEP = """import select, time
 time.sleep = lambda seconds: select.select([], [], [], seconds) and None
