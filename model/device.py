@@ -19,10 +19,6 @@ COMPILE_FLOPS = 1.5e14
 """A rank with less to compute than this is done before compiled code has paid for its compilation: some 80 s of one core for
 the first time (a dozen C++ kernels), seconds from the cache after that."""
 
-KEPT_BY_COMPILED_CPU = 0.8
-"""At most, of what torch.compile would keep of a layer for the backward pass beside its inputs. What costs least to have again
-goes: norms, the product in SwiGLU, matrices in bf16. docs/speed.md has what that saves."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
@@ -30,7 +26,7 @@ class Choices:
 
     compile: bool  # layers and loss through torch.compile, one layer's code for all of them
     why: str
-    kept: float = 1.0  # at most, of what compiled layers would keep for the backward pass
+    passes_again: bool = False  # compiled layers keep products for the backward pass, and compute again what lies between
     async_tp: bool = False  # tensor parallel products in pieces, so that they overlap with their communication
 
 
@@ -53,12 +49,10 @@ def choose(device: torch.device, compile: str, rank_flops: float, layout: Layout
     if failed:
         return Choices(compile=False, why=f"torch.compile does not work here: {failed}")
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    # What tensor and context parallel ranks exchange within a layer, torch cannot weigh against what it keeps.
-    weighed = device.type == "cpu" and layout.recompute == "none" and layout.tp == layout.cp == 1
     return Choices(
         compile=True,
         why="compiled",
-        kept=KEPT_BY_COMPILED_CPU if weighed else 1.0,
+        passes_again=device.type == "cpu" and layout.recompute == "none",
         async_tp=hopper and layout.tp > 1 and compile == "on",
     )
 
@@ -73,9 +67,13 @@ def has_bf16(device: torch.device) -> bool:
 def prepare(choices: Choices, mesh: DeviceMesh | None) -> None:
     """Tells torch, once, before the model is built."""
     if choices.compile:
-        import torch._functorch.config
+        import torch._functorch.config as functorch
 
-        torch._functorch.config.activation_memory_budget = choices.kept
+        # What one pass over memory makes from what is kept anyway: norms, rotations, SwiGLU's product, matrices in bf16. Never
+        # a product: `activation_memory_budget`, which counts fp32 matrices as memory, repeats three of seven on wide layers.
+        functorch.ban_recompute_used_far_apart = not choices.passes_again
+        functorch.ban_recompute_long_fusible_chains = not choices.passes_again
+        functorch.ban_recompute_materialized_backward = not choices.passes_again
     if choices.async_tp and mesh is not None:
         import torch._inductor.config
         from torch.distributed._symmetric_memory import enable_symm_mem_for_group

@@ -1,5 +1,7 @@
 """What is chosen for the device: when code is compiled, and what it computes."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -56,9 +58,16 @@ def test_compiled_training_computes_the_same_and_repeats_bit_by_bit() -> None:
         assert torch.equal(found[name], again[name])
 
 
+@pytest.fixture
+def torch_as_it_was() -> Iterator[None]:
+    import torch._functorch.config as functorch
+
+    with functorch.patch(functorch.get_config_copy()):
+        yield
+
+
 @pytest.mark.slow
-def test_compiled_layers_keep_no_attention_scores_and_less_than_torch_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)  # put back after the test
+def test_compiled_layers_keep_no_attention_scores_and_less_than_torch_would(torch_as_it_was: None) -> None:
     config = ModelConfig(name="t", dim=64, n_layers=2, n_heads=4, ffn_dim=160, vocab_size=97, sequence_length=256)
     tokens = torch.randint(0, 97, (2, 257), generator=torch.Generator().manual_seed(2))
     scores = 2 * config.n_heads * 128 * 256  # of the last block of queries
@@ -85,3 +94,20 @@ def test_compiled_layers_keep_no_attention_scores_and_less_than_torch_would(monk
 
     chosen = choose(CPU, "on", 0.0, ONE_RANK)
     assert kept_bytes(chosen) < 0.85 * kept_bytes(Choices(compile=True, why="as torch would"))
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_no_product_again(torch_as_it_was: None) -> None:
+    # Wide, of few tokens: its matrices are larger than all that could be kept.
+    config = ModelConfig(name="t", dim=512, n_layers=1, n_heads=8, ffn_dim=1408, vocab_size=97, sequence_length=512)
+    tokens = torch.randint(0, 97, (1, 513), generator=torch.Generator().manual_seed(2))
+    torch._dynamo.reset()
+    prepare(choose(CPU, "on", 0.0, ONE_RANK), None)
+    model = Transformer(config, torch.bfloat16)
+    model.initialize(seed=1)
+    model.compile_training()
+    model(tokens[:, :-1], tokens[:, 1:]).backward()  # compiles, for which torch computes some itself
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::mm"] == 3 * (7 + 1)  # seven matrices and the output: forward, and two gradients each
