@@ -35,7 +35,7 @@ def _up_to(end: int) -> Tensor:
 
 
 def _turned(x_GTH: Tensor) -> Tensor:
-    """[G, H, T]. A part of a tensor, turned, would be copied by torch's product element by element: as long as it takes itself."""
+    """[G, H, T]. A turned part of a tensor would be copied by torch's product, for as long as the product itself takes."""
     return x_GTH.contiguous().transpose(1, 2)
 
 
