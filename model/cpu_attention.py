@@ -70,7 +70,9 @@ class _BlockAttention(torch.autograd.Function):
         starts, block = _starts(tokens)
         for start in reversed(starts):  # of keys, which the queries from there on see
             part = slice(start, min(start + block, tokens))
-            q, k, v, grad = (x.contiguous() for x in (q_GTH[:, start:], k_GTH[:, part], v_GTH[:, part], grad_GTH[:, start:]))
+            q, k, v, grad = (
+                x.contiguous() for x in (q_GTH[:, start:], k_GTH[:, part], v_GTH[:, part], grad_GTH[:, start:])
+            )
             # Keys by queries, as two of three products want them; and torch.compile would know the forward pass's scores
             # again and keep them for this one.
             scores_GKI = torch.bmm(k, _turned(q)).float() * scale

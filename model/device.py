@@ -26,7 +26,9 @@ class Choices:
 
     compile: bool  # layers and loss through torch.compile, one layer's code for all of them
     why: str
-    passes_again: bool = False  # compiled layers keep products for the backward pass, and compute again what lies between
+    passes_again: bool = (
+        False  # compiled layers keep products for the backward pass, and make what is between them anew
+    )
     async_tp: bool = False  # tensor parallel products in pieces, so that they overlap with their communication
 
 
