@@ -47,7 +47,8 @@ _BUDGET_EVERY_S = 60.0
 
 
 class _BudgetWatch(threading.Thread):
-    """Looks at the run's energy and carbon budgets now and then, beside the training; asks it to stop once one is spent."""
+    """Looks at the run's energy and carbon budgets now and then, beside the training, and once at its end; asks it to stop once
+    one is spent."""
 
     def __init__(self, directory: RunDir, recorder: "RunRecorder", stop: StopFlag) -> None:
         super().__init__(name="budget", daemon=True)
@@ -60,8 +61,11 @@ class _BudgetWatch(threading.Thread):
         self.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
+        self.join()
+        if error is None:  # a run may be over before the first look, and spend its last minute beyond the budget
+            self.look()
 
     def run(self) -> None:
         every_s = min(_BUDGET_EVERY_S, 4 * specs.load(self.directory.spec).carbon.sample_s)
@@ -73,7 +77,7 @@ class _BudgetWatch(threading.Thread):
             verdict = budget(self.directory.root)
         except Exception as error:  # the account must not take the training down; it is told, once
             verdict = BudgetVerdict("warn", f"the budget could not be checked: {type(error).__name__}: {error}")
-        if verdict.action == "stop":
+        if verdict.action == "stop" and not self._ended.is_set():
             self.stop.ask(verdict.reason)
             self.directory.cancelled.write_text(f"{verdict.reason}\n")  # not to be put back into the queue
         if verdict.action != "ok" and self._warned != verdict.action:
@@ -133,13 +137,11 @@ def main(run_dir: str) -> str:
         ranks = place_ranks(spec.layout, device)
         recorder = RunRecorder(directory, _agreed_attempt(directory, ranks), ranks.is_main)
         measured = spec.carbon.measure and here.local_rank == 0
-        budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)
         mirrored = spec.dashboard.wandb == "online" and ranks.is_main
         with (
             sampling(directory.root, recorder.attempt, spec.carbon.sample_s) if measured else nullcontext(),
             mirroring(directory.root) if mirrored else nullcontext(),
             directory.at_work() if ranks.is_main else nullcontext(),
-            _BudgetWatch(directory, recorder, stop) if budgeted else nullcontext(),
         ):
             try:
                 return _train(spec, directory, here, ranks, dtype, memory, recorder, stop)
@@ -234,7 +236,9 @@ def _train(
         return (reached and directory.pause_step() is not None) or stop.requested is not None
 
     trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node, pulse)
-    ended = trainer.run()
+    budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)
+    with _BudgetWatch(directory, recorder, stop) if budgeted else nullcontext():
+        ended = trainer.run()
     pulse("end", trainer.step)
     if ended == "failed":
         recorder.event("failed", trainer.step, f"step {trainer.step}: {watch.said}; {_GO_ON}")
