@@ -26,9 +26,7 @@ class Choices:
 
     compile: bool  # layers and loss through torch.compile, one layer's code for all of them
     why: str
-    passes_again: bool = (
-        False  # compiled layers keep products for the backward pass, and make what is between them anew
-    )
+    remake_passes: bool = False  # compiled layers keep products for the backward pass, no pass between them
     async_tp: bool = False  # tensor parallel products in pieces, so that they overlap with their communication
 
 
@@ -54,7 +52,7 @@ def choose(device: torch.device, compile: str, rank_flops: float, layout: Layout
     return Choices(
         compile=True,
         why="compiled",
-        passes_again=device.type == "cpu" and layout.recompute == "none",
+        remake_passes=device.type == "cpu" and layout.recompute == "none",
         async_tp=hopper and layout.tp > 1 and compile == "on",
     )
 
@@ -67,15 +65,15 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def prepare(choices: Choices, mesh: DeviceMesh | None) -> None:
-    """Tells torch, once, before the model is built."""
+    """Tells torch, once, before the model is built, in the thread that will compile it."""
     if choices.compile:
         import torch._functorch.config as functorch
 
         # What one pass over memory makes from what is kept anyway: norms, rotations, SwiGLU's product, matrices in bf16. Never
         # a product: `activation_memory_budget`, which counts fp32 matrices as memory, repeats three of seven on wide layers.
-        functorch.ban_recompute_used_far_apart = not choices.passes_again
-        functorch.ban_recompute_long_fusible_chains = not choices.passes_again
-        functorch.ban_recompute_materialized_backward = not choices.passes_again
+        functorch.ban_recompute_used_far_apart = not choices.remake_passes
+        functorch.ban_recompute_long_fusible_chains = not choices.remake_passes
+        functorch.ban_recompute_materialized_backward = not choices.remake_passes
     if choices.async_tp and mesh is not None:
         import torch._inductor.config
         from torch.distributed._symmetric_memory import enable_symm_mem_for_group

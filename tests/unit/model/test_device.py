@@ -35,8 +35,16 @@ def _no_compiler(*_: object, **__: object) -> object:
     raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a trace")
 
 
+@pytest.fixture
+def torch_as_it_was() -> Iterator[None]:
+    import torch._functorch.config as functorch
+
+    with functorch.patch(functorch.get_config_copy()):
+        yield
+
+
 @pytest.mark.slow
-def test_compiled_training_computes_the_same_and_repeats_bit_by_bit() -> None:
+def test_compiled_training_computes_the_same_and_repeats_bit_by_bit(torch_as_it_was: None) -> None:
     config = ModelConfig(name="t", dim=64, n_layers=2, n_heads=4, ffn_dim=160, vocab_size=97, sequence_length=32)
     tokens = torch.randint(0, 97, (2, 33), generator=torch.Generator().manual_seed(2))
     targets = tokens[:, 1:].clone()
@@ -46,6 +54,7 @@ def test_compiled_training_computes_the_same_and_repeats_bit_by_bit() -> None:
         model = Transformer(config)
         model.initialize(seed=1)
         if compiled:
+            prepare(choose(CPU, "on", 0.0, ONE_RANK), None)
             model.compile_training()
         loss = model(tokens[:, :-1], targets)
         loss.backward()
@@ -56,14 +65,6 @@ def test_compiled_training_computes_the_same_and_repeats_bit_by_bit() -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
         assert torch.equal(found[name], again[name])
-
-
-@pytest.fixture
-def torch_as_it_was() -> Iterator[None]:
-    import torch._functorch.config as functorch
-
-    with functorch.patch(functorch.get_config_copy()):
-        yield
 
 
 @pytest.mark.slow
@@ -111,3 +112,4 @@ def test_compiled_layers_compute_no_product_again(torch_as_it_was: None) -> None
         model(tokens[:, :-1], tokens[:, 1:]).backward()
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["aten::mm"] == 3 * (7 + 1)  # seven matrices and the output: forward, and two gradients each
+    assert calls["aten::bmm"] == 4 * 7  # four blocks of attention: two products forward, five back
