@@ -34,11 +34,6 @@ def _up_to(end: int) -> Tensor:
     return torch.arange(end, dtype=torch.int32)  # int64 takes 10 to 20% longer over all but the products
 
 
-def _turned(x_GTH: Tensor) -> Tensor:
-    """[G, H, T]. A turned part of a tensor would be copied by torch's product, for as long as the product itself takes."""
-    return x_GTH.contiguous().transpose(1, 2)
-
-
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_GTH: Tensor, k_GTH: Tensor, v_GTH: Tensor) -> Tensor:
@@ -46,7 +41,9 @@ class _BlockAttention(torch.autograd.Function):
         starts, block = _starts(q_GTH.shape[1])
         for start in starts:
             end = min(start + block, q_GTH.shape[1])
-            scores = torch.bmm(q_GTH[:, start:end], _turned(k_GTH[:, :end])).float() / math.sqrt(q_GTH.shape[-1])
+            # A turned part of a tensor would be copied by torch's product, for as long as the product itself takes: parts whole.
+            k_GHT = k_GTH[:, :end].contiguous().transpose(1, 2)
+            scores = torch.bmm(q_GTH[:, start:end], k_GHT).float() / math.sqrt(q_GTH.shape[-1])
             seen = _up_to(end)[None, :] <= _up_to(end)[start:, None]
             scores = torch.where(seen, scores, -math.inf)
             highest = scores.amax(dim=-1, keepdim=True)
@@ -75,11 +72,11 @@ class _BlockAttention(torch.autograd.Function):
             )
             # Keys by queries, as two of three products want them; and torch.compile would know the forward pass's scores
             # again and keep them for this one.
-            scores_GKI = torch.bmm(k, _turned(q)).float() * scale
+            scores_GKI = torch.bmm(k, q.transpose(1, 2)).float() * scale
             keys, queries = scores_GKI.shape[1:]
             seen = _up_to(keys)[:, None] <= _up_to(queries)[None, :]
             weights = torch.where(seen, (scores_GKI - log_sum[:, :, start:]).exp(), 0.0)
-            grad_weights = torch.bmm(v, _turned(grad)).float()
+            grad_weights = torch.bmm(v, grad.transpose(1, 2)).float()
             grad_scores = (weights * (grad_weights - delta[:, :, start:]) * scale).to(dtype)
             grads_k.append(torch.bmm(grad_scores, q))
             grads_v.append(torch.bmm(weights.to(dtype), grad))

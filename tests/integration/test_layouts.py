@@ -93,9 +93,7 @@ def test_loss_and_gradient_norm_of_three_steps_are_those_of_one_rank(name: str, 
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "name", ["fsdp", "cp", "dp x tp", "tp", "interleaved"]
-)  # recomputing nothing, selectively, all
+@pytest.mark.parametrize("name", ["fsdp", "cp", "dp x tp", "tp", "interleaved"])  # recomputing nothing (3), some, all
 def test_compiled_too(name: str, one_rank: Any, tmp_path: Path) -> None:
     layout = laid(**LAYOUTS[name])
     for found in run_ranks(train, layout.gpus, tmp_path, layout, 0, 3, None, "on", timeout_s=500):
