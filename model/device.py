@@ -48,7 +48,8 @@ def choose(device: torch.device, compile: str, rank_flops: float, layout: Layout
         failed = failed or ("on another rank" if fails.item() else "")
     if failed:
         return Choices(compile=False, why=f"torch.compile does not work here: {failed}")
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's MI300X calls itself (9, 4) too
+    hopper = nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
     return Choices(
         compile=True,
         why="compiled",

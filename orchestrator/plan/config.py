@@ -13,6 +13,8 @@ class PlanConfig:
     attention: str = "flash"  # flash | unfused: scores go through memory, as before 2022
     sequence_parallel: bool = True  # norms and residuals are shared among the tensor parallel ranks
     recompute_whole: bool = False  # full recomputation repeats a layer's last product too, as before torch 2.1
+    recompute_alternate: bool = False  # selective repeats every second matrix product too, as torchtitan's (time only)
+    async_tp: bool = False  # tensor parallel communication overlaps with products, as with compile=on since Hopper
     gradient_bytes: int = 4  # of one gradient on the network: 4 as the trainer reduces, 2 for bf16
     failures_per_1000_node_days: list[float] = field(default_factory=lambda: [2.34, 3.79, 16.0])  # nodes of 8 GPUs
     restart_s: list[float] = field(default_factory=lambda: [180.0, 600.0, 1800.0])  # from a failure to training again

@@ -97,6 +97,15 @@ def forecast_step(
     elementwise_backward = 2 * 2 * tokens * elements / memory_bytes_per_s + 2 * KERNELS_PER_LAYER * KERNEL_S
     # Tensor and sequence parallel: two all-gathers and two reduce-scatters of the residual stream in each direction.
     tp_pass = 4 * collective_s(2 * tokens * d, tp, tp, gpu)
+
+    def exposed_tp(products_s: float) -> float:
+        if not plan.async_tp:
+            return tp_pass
+        # Products go in `tp` pieces beside the communication of the next: the first has nothing to hide behind.
+        exposed = max(tp_pass / tp, tp_pass - products_s)
+        return exposed + CONTENTION * (tp_pass - exposed)
+
+    tp_forward, tp_backward = exposed_tp(matmul_forward), exposed_tp(matmul_backward)
     # Context parallel: keys and values go around the ring; hidden behind attention as far as that reaches.
     cp_pass = 0.0
     if layout.cp > 1:
@@ -106,14 +115,20 @@ def forecast_step(
 
     # The backward pass needs no output of the layer's last product, and stops computing again before it (torch since 2.1).
     stops_early = layout.recompute == "full" and not plan.recompute_whole
-    spared = product_s(tokens, f // tp, d) + tp_pass / 4 if stops_early else 0.0
+    spared = product_s(tokens, f // tp, d) + tp_forward / 4 if stops_early else 0.0
     again = {"none": (0.0, 0.0, 0.0, 0.0), "selective": (0.0, 0.0, elementwise_forward, 0.0)}.get(
-        layout.recompute, (matmul_forward - spared, attention_forward, elementwise_forward, tp_pass + cp_forward)
+        layout.recompute, (matmul_forward - spared, attention_forward, elementwise_forward, tp_forward + cp_forward)
     )
     if layout.recompute == "selective" and plan.attention == "unfused":
         again = (0.0, attention_forward, elementwise_forward, 0.0)  # arXiv 2205.05198's selective recomputation
-    forward_layer = matmul_forward + attention_forward + elementwise_forward + tp_pass + cp_forward
-    backward_layer = matmul_backward + attention_backward + elementwise_backward + tp_pass + cp_backward + sum(again)
+    alternate = layout.recompute == "selective" and plan.recompute_alternate
+    if alternate:  # of q, k, v, attention's output, w1, w3, w2
+        second = product_s(tokens, d, kv // tp) + product_s(tokens, d // tp, d) + product_s(tokens, d, f // tp)
+        again = (second, *again[1:])
+    forward_layer = matmul_forward + attention_forward + elementwise_forward + tp_forward + cp_forward
+    backward_layer = (
+        matmul_backward + attention_backward + elementwise_backward + tp_backward + cp_backward + sum(again)
+    )
     layer_s = forward_layer + backward_layer
 
     # ---- the head: logits and loss in chunks, forward and backward together
@@ -178,9 +193,15 @@ def forecast_step(
     batch_tokens = batch_sequences * model.sequence_length
     tokens_per_s = batch_tokens / step_s
     model_flops = flops_per_token(model)
-    layers_flops = model_flops / 3 - 2 * model.vocab_size * d  # of a forward pass, without the head
-    layers_flops -= 2 * model.n_layers * f * d if stops_early else 0.0
-    hardware_flops = model_flops + (layers_flops if layout.recompute == "full" else 0.0)
+    # Of a forward pass; unfused attention computes the masked half too, which is not the model's.
+    masked_flops = 2 * model.n_layers * model.sequence_length * d if plan.attention == "unfused" else 0.0
+    again_flops = 0.0
+    if layout.recompute == "full":  # all but the head
+        spared_flops = 2 * model.n_layers * f * d if stops_early else 0.0
+        again_flops = model_flops / 3 - 2 * model.vocab_size * d - spared_flops + masked_flops
+    elif layout.recompute == "selective":
+        again_flops = 2 * masked_flops + (2 * model.n_layers * d * (kv + d + f) if alternate else 0.0)
+    hardware_flops = model_flops + 3 * masked_flops + again_flops
     per_gpu = tokens_per_s / layout.gpus
     return Step(
         matmul_s=per_rank * (matmul_forward + matmul_backward),
@@ -188,7 +209,7 @@ def forecast_step(
         elementwise_s=per_rank * (elementwise_forward + elementwise_backward),
         recompute_s=per_rank * sum(again),
         head_s=microbatches * head_s / layout.pp,
-        exposed_tp_s=per_rank * 2 * tp_pass,
+        exposed_tp_s=per_rank * (tp_forward + tp_backward),
         exposed_cp_s=per_rank * (cp_forward + cp_backward),
         exposed_dp_s=exposed_dp_s,
         exposed_pp_s=exposed_pp_s,

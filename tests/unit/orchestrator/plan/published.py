@@ -64,6 +64,8 @@ MEGATRON_2021 = PlanConfig(
 MEGATRON_2022 = PlanConfig(name="2022", attention="unfused", gradient_bytes=2)
 NOW = PlanConfig(name="now")
 TORCH_2_0 = PlanConfig(name="2023", recompute_whole=True)
+TORCHTITAN = PlanConfig(name="torchtitan", recompute_alternate=True)  # its selective "op"
+NVIDIA = PlanConfig(name="nvidia", gradient_bytes=2, async_tp=True)  # NeMo's and Megatron's settings of 2024 and 2025
 
 
 def megatron() -> list[Row]:
@@ -106,7 +108,7 @@ def llama3() -> list[Row]:
     return [
         Row(
             "2407.21783", f"405B, {gpus:,} GPUs, cp {cp}", "model_tflops_per_gpu", published,
-            llama(16384, 126, 128, 53248, 128256, tokens, 8), laid(7, tp=8, pp=16, cp=cp, dp_shard=dp),
+            replace(LLAMA_3["405B"], sequence_length=tokens), laid(7, tp=8, pp=16, cp=cp, dp_shard=dp),
             batch, NOW, "h100",
         )
         for gpus, cp, dp, batch, tokens, published in (
@@ -124,6 +126,10 @@ def mpt(gpu: str) -> list[Row]:
         ("7B", 2048, 8, 6, 48, False, 10643), ("7B", 4096, 8, 16, 256, True, 8611), ("7B", 8192, 8, 8, 128, True, 6935),
         ("13B", 2048, 8, 2, 16, False, 4792), ("13B", 2048, 64, 2, 128, False, 4800), ("13B", 1024, 8, 40, 960, True, 5502),
         ("30B", 2048, 32, 14, 1344, True, 2308), ("70B", 2048, 64, 8, 2048, True, 1039), ("70B", 2048, 32, 2, 1024, True, 882),
+        # "Large Scale", of the README at 8c8dd48.
+        ("1B", 2048, 512, 12, 6144, False, 39837), ("3B", 2048, 512, 8, 4096, False, 21664),
+        ("7B", 2048, 512, 6, 3072, False, 9670), ("13B", 2048, 512, 16, 8192, True, 4952),
+        ("30B", 2048, 512, 8, 4096, True, 2115), ("70B", 2048, 512, 8, 4096, True, 1007),
     )  # fmt: skip
     a100 = (
         ("1B", 2048, 8, 14, 448, False, 20513), ("3B", 2048, 8, 10, 160, False, 10811), ("7B", 2048, 8, 6, 96, False, 4641),
@@ -144,10 +150,11 @@ def mpt(gpu: str) -> list[Row]:
 
 
 def open_replications() -> list[Row]:
-    """176B of arXiv 2211.05100 (156 TFLOP/s; four 100 Gb/s links a node of eight GPUs), 175B of 2205.01068 (147 TFLOP/s; a batch
-    of 2M tokens, ours 8 rows a rank), both with recomputation counted, as Megatron's code that they build upon counts."""
+    """BLOOM's 176B as bigscience's train/tr11-176B-ml/README.md at 00327f8 logs it (four 100 Gb/s links a node of eight GPUs),
+    175B of arXiv 2205.01068 ("up to" 147 TFLOP/s; a batch of 2M tokens, ours 8 rows a rank), both with recomputation counted, as
+    Megatron's code that they build upon counts."""
     return [
-        Row("2211.05100", "BLOOM 176B", "hardware_tflops_per_gpu", 156, gpt(14336, 70, 112, 250880),
+        Row("bigscience", "BLOOM 176B", "step_s", 104.7, gpt(14336, 70, 112, 250880),
             laid(tp=4, pp=12, dp_replicate=8, microbatch_sequences=2, recompute="full"), 2048, MEGATRON_2021,
             changes={"inter_node_gb_per_s": 6.25}),
         Row("2205.01068", "OPT 175B", "hardware_tflops_per_gpu", 147, gpt(12288, 96, 96, 50272),
@@ -160,26 +167,48 @@ LLAMA_2 = {  # dim, layers, heads, feed-forward, vocabulary, tokens a row, heads
     "34B": llama(8192, 48, 64, 22016, 32000, 4096, 8), "70B": llama(8192, 80, 64, 28672, 32000, 4096, 8),
 }  # fmt: skip
 LLAMA_3 = {
-    "8B": llama(4096, 32, 32, 14336, 128256, 8192, 8), "70B": llama(8192, 80, 64, 28672, 128256, 8192, 8)
+    "8B": llama(4096, 32, 32, 14336, 128256, 8192, 8), "70B": llama(8192, 80, 64, 28672, 128256, 8192, 8),
+    "405B": llama(16384, 126, 128, 53248, 128256, 8192, 8),
 }  # fmt: skip
+NEMOTRON_340B = replace(gpt(18432, 96, 96, 256000), sequence_length=4096, n_kv_heads=8)
 
 
-def torchtitan_a100(name: str, model: ModelConfig, at_once: int, recompute: str, published: float) -> Row:
-    """A row of torchtitan's docs/performance.md at 0413364: FSDP2 on 64 A100s."""
-    layout = laid(dp_shard=64, microbatch_sequences=at_once, recompute=recompute)
-    label = f"{name}, 64 A100, recompute {recompute}"
-    return Row("torchtitan", label, "tokens_per_s_per_gpu", published, model, layout, 64 * at_once, NOW)
+SLOWER_H100 = {"peak_bf16_tflops": 989 * (500 / 700) ** (1 / 3), "memory_gb_per_s": 2400.0}
+"""torchtitan's: of 500 W and 2.4 TB/s; their peak taken as the cube root of the power."""
+
+
+def tokens_row(
+    source: str, label: str, model: ModelConfig, layout: Layout, published: float, plan: PlanConfig = NOW,
+    gpu: str = "h100", changes: dict[str, float] | None = None, passes: int = 1,
+) -> Row:  # fmt: skip
+    """Tokens/s a GPU in `passes` microbatches a step."""
+    label += f", recompute {layout.recompute}" + (' "op"' if plan.recompute_alternate else "")
+    batch = passes * layout.dp * layout.microbatch_sequences
+    return Row(source, label, "tokens_per_s_per_gpu", published, model, layout, batch, plan, gpu, changes or {})
 
 
 def fsdp_of_torch() -> list[Row]:
-    """FSDP on A100s, tokens/s a GPU: torchtitan's, and fms-fsdp's README at 0d31998 (128 of them). Of the latter a later README
-    gives the network, 400 Gb/s a node; ours are that "HSDP" shards inside a node and that gradients are reduced in bf16, its
-    mixed precision's default."""
-    rows = [
-        torchtitan_a100("Llama 3 70B", LLAMA_3["70B"], 1, "full", 331),
-        torchtitan_a100("Llama 2 13B", LLAMA_2["13B"], 2, "none", 2162),
-        torchtitan_a100("Llama 2 70B", LLAMA_2["70B"], 2, "full", 353),
-    ]
+    """FSDP on A100s, tokens/s a GPU: torchtitan's docs/performance.md at 0413364 (64 of them), and fms-fsdp's README at 0d31998
+    (128). Of the latter a later README gives the network, 400 Gb/s a node; ours are that "HSDP" shards inside a node and that
+    gradients are reduced in bf16, its mixed precision's default. On H100s: torchtitan's benchmarks/llama3_h100_202412 at 31a17bf,
+    the rows in bf16 that are compiled, and 70B of its asyncTP_llama3_h100_2025-06 at b5bcd76 without async TP (rows of 8,192
+    tokens: ours)."""
+    rows = []
+    for name, model, at_once, recompute, published in (
+        ("Llama 3 8B", LLAMA_3["8B"], 1, "selective", 2973), ("Llama 3 70B", LLAMA_3["70B"], 1, "full", 331),
+        ("Llama 2 13B", LLAMA_2["13B"], 2, "none", 2162), ("Llama 2 13B", LLAMA_2["13B"], 2, "selective", 1904),
+        ("Llama 2 70B", LLAMA_2["70B"], 2, "full", 353),
+    ):  # fmt: skip
+        layout = laid(dp_shard=64, microbatch_sequences=at_once, recompute=recompute)
+        plan = TORCHTITAN if recompute == "selective" else NOW
+        rows.append(tokens_row("torchtitan", f"{name}, 64 A100", model, layout, published, plan, "a100_80gb"))
+    for gpus, published in ((8, 6667), (128, 6514)):
+        layout = laid(dp_shard=gpus, microbatch_sequences=2, recompute="selective")
+        label = f"Llama 3.1 8B, {gpus} H100"
+        rows.append(tokens_row("torchtitan", label, LLAMA_3["8B"], layout, published, TORCHTITAN, changes=SLOWER_H100))
+    layout = laid(dp_shard=32, tp=8, microbatch_sequences=16, recompute="full")
+    label = "Llama 3 70B, 256 H100, tp 8"
+    rows.append(tokens_row("torchtitan", label, LLAMA_3["70B"], layout, 597.3, changes=SLOWER_H100))
     for size, shard, at_once, recompute, published in (
         ("7B", 8, 2, "none", 3760), ("13B", 8, 1, "none", 1700), ("34B", 128, 8, "full", 772), ("70B", 128, 6, "full", 380),
     ):  # fmt: skip
@@ -191,12 +220,89 @@ def fsdp_of_torch() -> list[Row]:
     return rows
 
 
+def nvidia() -> list[Row]:
+    """NVIDIA's own on H100, bf16. dgxc-benchmarking's README files at v25.04.02 (0efdb23; from their seconds a step; rows of
+    8,192 tokens in llama3.1, 4,096 in nemotron) and 175B at v25.01.1 (e6afea3); NeMo's settings of that time: nothing is
+    recomputed, tensor parallel communication overlaps, gradients are reduced in bf16, the optimizer is sharded (in one stage that
+    moves what replicas do). Megatron-LM's images/model_table.png (f2e5db4; 48 data parallel ranks): its TFLOP/s count the masked
+    half of attention too, and it states neither microbatches nor groups of layers: ours, four rows a pass without a pipeline and
+    the most even groups up to 12 with one."""
+    rows = []
+    nemotron_15b = replace(gpt(6144, 32, 48, 256000), sequence_length=4096, n_kv_heads=8)
+    for name, model, degrees, virtual, passes, runs in (
+        ("Llama 3.1 8B", LLAMA_3["8B"], {"cp": 2}, 1, 32, ((8, 12.27), (128, 12.33))),
+        ("Llama 3.1 70B", LLAMA_3["70B"], {"tp": 4, "pp": 4, "cp": 2}, 5, 64, ((64, 14.66), (2048, 14.66))),
+        ("Llama 3.1 405B", LLAMA_3["405B"], {"tp": 8, "pp": 8, "cp": 2}, 8, 64, ((512, 19.78), (2048, 19.87))),
+        ("Nemotron 4 15B", nemotron_15b, {"tp": 2, "microbatch_sequences": 2}, 1, 4, ((16, 2.66), (2048, 2.78))),
+        ("Nemotron 4 340B", NEMOTRON_340B, {"tp": 8, "pp": 8}, 12, 16, ((256, 4.36), (2048, 4.43))),
+        ("GPT 3 175B", gpt(12288, 96, 96), {"tp": 4, "pp": 8}, 12, 64, ((128, 8.91), (2048, 9.02))),
+    ):
+        for gpus, seconds in runs:
+            rows.append(nvidia_row(f"{name}, {gpus:,} H100", model, gpus, degrees, virtual, passes, seconds))
+    for size, heads, dim, layers, tp, pp, batch, tflops in (
+        ("1.7B", 16, 2048, 24, 1, 1, 192, 408.8), ("7.1B", 32, 4096, 30, 2, 1, 192, 465.9),
+        ("16B", 48, 6144, 32, 4, 1, 192, 489.1), ("32B", 56, 7168, 48, 8, 1, 192, 459.6),
+        ("70B", 64, 8192, 84, 8, 2, 384, 419.7), ("119B", 80, 10240, 92, 8, 4, 768, 420.5),
+        ("177B", 96, 12288, 96, 8, 6, 1152, 432.8), ("314B", 128, 16384, 96, 8, 8, 1536, 474.4),
+        ("462B", 144, 18432, 112, 8, 16, 3072, 459.9),
+    ):  # fmt: skip
+        virtual = 1 if pp == 1 else max(v for v in range(1, 13) if layers % (pp * v) == 0)
+        shared = {"dp_replicate": 48, "microbatch_sequences": 4} if pp == 1 else {"dp_shard": 48}
+        model = replace(gpt(dim, layers, heads, 131072), sequence_length=4096)
+        flops = 72 * layers * dim**2 * (1 + 4096 / (6 * dim) + 131072 / (12 * layers * dim))  # a token's
+        rows.append(
+            Row("Megatron-LM", f"{size}, {48 * tp * pp:,} H100, {tflops} TFLOP/s", "tokens_per_s_per_gpu",
+                tflops * 1e12 / flops, model, laid(virtual, tp=tp, pp=pp, **shared), batch, NVIDIA, "h100")
+        )  # fmt: skip
+    return rows
+
+
+def nvidia_row(
+    label: str, model: ModelConfig, gpus: int, degrees: dict[str, int], virtual: int, passes: int, step_s: float,
+    gpu: str = "h100", changes: dict[str, float] | None = None,
+) -> Row:  # fmt: skip
+    ranks = gpus // (degrees.get("tp", 1) * degrees.get("pp", 1) * degrees.get("cp", 1))
+    data_parallel = {"dp_shard" if "pp" in degrees else "dp_replicate": ranks}
+    layout = laid(virtual, **degrees, **data_parallel)
+    published = passes * ranks * layout.microbatch_sequences * model.sequence_length / step_s / gpus
+    return tokens_row("dgxc-benchmarking", label, model, layout, published, NVIDIA, gpu, changes, passes)
+
+
+def newer_gpus() -> list[Row]:
+    """B200: 8B in NeMo 25.09 (vuiseng9/nemo-perf-nvfp4's README at 13bdb29); GB200, whose peak is 2,500 TFLOP/s, as B200s of
+    that peak in nodes of 8 (dgxc-benchmarking at v25.05, 68eaf7e). H200: 70B in MaxText (AI-Hypercomputer/gpu-recipes at
+    2e1fd5e), which repeats some products: between our selective and full. H100 in MaxText: 70B of dgxc-benchmarking at v25.03
+    (1b9bb6b), which repeats all but q, k and v."""
+    rows = [
+        tokens_row("nemo-perf-nvfp4", "Llama 3 8B, 8 B200", LLAMA_3["8B"], laid(dp_replicate=8, microbatch_sequences=2),
+                   21618, NVIDIA, "b200", passes=8)
+    ]  # fmt: skip
+    gb200 = {"peak_bf16_tflops": 2500.0}
+    for name, model, degrees, virtual, passes, gpus, seconds in (
+        ("Llama 3.1 405B", LLAMA_3["405B"], {"tp": 4, "pp": 8, "cp": 2}, 8, 32, 128, 9.347),
+        ("Llama 3.1 405B", LLAMA_3["405B"], {"tp": 4, "pp": 8, "cp": 2}, 8, 32, 512, 9.508),
+        ("Nemotron 4 340B", NEMOTRON_340B, {"tp": 8, "pp": 4}, 12, 8, 128, 2.189),
+        ("Nemotron 4 340B", NEMOTRON_340B, {"tp": 8, "pp": 4}, 12, 8, 512, 2.229),
+        ("Nemotron 4 340B, 512 rows a step", NEMOTRON_340B, {"tp": 8, "pp": 4}, 12, 128, 128, 32.66),
+    ):
+        label = f"{name}, {gpus} GB200"
+        rows.append(nvidia_row(label, model, gpus, degrees, virtual, passes, seconds, "b200", gb200))
+    for how in ("selective", "full"):
+        layout = laid(dp_replicate=2, dp_shard=128, microbatch_sequences=2, recompute=how)
+        rows.append(tokens_row("gpu-recipes", "Llama 3.1 70B, 256 H200", LLAMA_3["70B"], layout, 1055.9, gpu="h200"))
+    for gpus, seconds in ((128, 15.563), (2048, 15.898)):
+        layout = laid(dp_replicate=gpus // 128, dp_shard=128, microbatch_sequences=2, recompute="full")
+        label = f"Llama 3 70B in MaxText, {gpus:,} H100"
+        rows.append(tokens_row("dgxc-benchmarking", label, LLAMA_3["70B"], layout, 2 * 8192 / seconds))
+    return rows
+
+
 def misses() -> list[Row]:
     """What is off by more, and docs/plan.md says why. 20B of arXiv 2204.06745 on A100s of 40 GB, four 200 Gb/s links a node;
     GPU-hours of LLaMA 2 (2307.09288, table 2), which states no layout: LLaMA's own, with rows twice as long; GPU-hours of 405B's
-    model card over 15.6T tokens; torchtitan's benchmarks/llama3_h100_202412 at 31a17bf: H100s of 500 W and 2.4 TB/s, the rows in
-    bf16 that are compiled (their peak taken as the cube root of the power), and its docs/performance.md's rows with
-    "selective op", each as our selective and as full."""
+    model card over 15.6T tokens; 70B of torchtitan's performance.md with "selective op", its asyncTP rows; torchao's
+    docs/source/workflows/training.md at 36027d8 (torchtitan on 8 GPUs of one row each); OLMo-core's README at b9e9193 (its number
+    of GPUs is not stated: ours, 64)."""
     rows = [
         Row("2204.06745", "GPT-NeoX 20B", "hardware_tflops_per_gpu", 117, gpt(6144, 44, 64, 50432),
             laid(tp=2, pp=4, dp_replicate=12, microbatch_sequences=4, recompute="full"), 1536, MEGATRON_2021,
@@ -217,17 +323,24 @@ def misses() -> list[Row]:
         replace(llama3_405b, source="model card", label="Llama 3.1 405B, GPU-hours", figure="tokens_per_s_per_gpu",
                 published=15.6e12 / 30.84e6 / 3600)
     )  # fmt: skip
-    slower = {"peak_bf16_tflops": 989 * (500 / 700) ** (1 / 3), "memory_gb_per_s": 2400.0}
-    for gpus, published, recompute in ((8, 6667, "selective"), (128, 6514, "selective"), (8, 6667, "full")):
-        layout = laid(dp_shard=gpus, microbatch_sequences=2, recompute=recompute)
-        label, model = f"Llama 3.1 8B, {gpus} H100, recompute {recompute}", LLAMA_3["8B"]
-        rows.append(
-            Row("torchtitan", label, "tokens_per_s_per_gpu", published, model, layout, 2 * gpus, NOW, "h100", slower)
-        )
-    for name, model, at_once, published in (
-        ("Llama 3 8B", LLAMA_3["8B"], 1, 2973), ("Llama 2 13B", LLAMA_2["13B"], 2, 1904), ("Llama 2 70B", LLAMA_2["70B"], 1, 355)
-    ):  # fmt: skip
-        rows += [torchtitan_a100(name, model, at_once, r, published) for r in ("selective", "full")]
+    layout = laid(dp_shard=64, recompute="selective")
+    rows.append(tokens_row("torchtitan", "Llama 2 70B, 64 A100", LLAMA_2["70B"], layout, 355, TORCHTITAN, "a100_80gb"))
+    async_op = replace(TORCHTITAN, async_tp=True)
+    eight, seventy = LLAMA_3["8B"], LLAMA_3["70B"]
+    for label, model, shards, at_once, how, plan, published in (
+        ("Llama 3 70B, 256 H100, async tp 8", seventy, 32, 16, "full", replace(NOW, async_tp=True), 652.4),
+        ("Llama 3 8B, 64 H100, tp 8", eight, 8, 12, "selective", TORCHTITAN, 4378),
+        ("Llama 3 8B, 64 H100, async tp 8", eight, 8, 12, "selective", async_op, 4809.4),
+    ):
+        layout = laid(dp_shard=shards, tp=8, microbatch_sequences=at_once, recompute=how)
+        rows.append(tokens_row("torchtitan", label, model, layout, published, plan, changes=SLOWER_H100))
+    layout = laid(dp_shard=8, recompute="selective")
+    for gpu, published in (("h100", 6150), ("mi300x", 5376.5)):
+        rows.append(tokens_row("torchao", f"Llama 3 8B, 8 {gpu}", eight, layout, published, TORCHTITAN, gpu))
+    for name, at_once, passes, published in (("7B", 2, 8, 10000), ("13B", 1, 32, 4600)):
+        model = replace(LLAMA_2[name], vocab_size=100352)
+        layout = laid(dp_replicate=8, dp_shard=8, microbatch_sequences=at_once)
+        rows.append(tokens_row("OLMo-core", f"OLMo 2 {name}, H100", model, layout, published, passes=passes))
     return rows
 
 
@@ -235,5 +348,5 @@ def tables() -> list[Row]:
     """All of them, but LLaMA's four, which are whole experiments."""
     return [
         *megatron(), *selective(), *llama3(), *open_replications(), *fsdp_of_torch(), *mpt("a100_80gb"), *mpt("h100"),
-        *misses(),
+        *nvidia(), *newer_gpus(), *misses(),
     ]  # fmt: skip
