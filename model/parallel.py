@@ -154,8 +154,10 @@ def forward_backward(model: nn.Module, rows_BT: Tensor, microbatch: int, scale: 
         return model.forward_backward(rows_BT, scale)
     loss_sum = torch.zeros((), dtype=torch.float64, device=rows_BT.device)
     for start in range(0, len(rows_BT), microbatch):
-        if isinstance(model, FSDPModule):  # ranks exchange gradients once a step, after the last microbatch
-            model.set_requires_gradient_sync(start + microbatch >= len(rows_BT))
+        if isinstance(model, FSDPModule):
+            # Each microbatch's gradients are reduced to this rank's shards: whole ones would not fit where sharding is
+            # needed. Replicas exchange theirs once a step.
+            model.set_requires_all_reduce(start + microbatch >= len(rows_BT))
         rows = rows_BT[start : start + microbatch]
         loss = model(rows[:, :-1], rows[:, 1:])
         (loss * scale).backward()

@@ -89,7 +89,8 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     parameters = layers * layer + ends
     shards = layout.dp_shard * layout.cp
     sharded = parameters / shards
-    several = microbatches > 1  # whose gradients are added up whole, and reduced to shards after the last
+    several = microbatches > 1  # whose gradients add up: in shards, in a pipeline whole until the last
+    put_together = several and layout.pp > 1
     alone = layout.gpus == 1  # no FSDP2: parameters are cast where they are used, gradients are fp32 at once
 
     d, f = model.dim, model.ffn_dim
@@ -131,7 +132,7 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     feed = again[0] + tokens * (4 * f / layout.tp + 2 * d)
     attend = again[1] + tokens * (4 * (d + model.kv_dim) / layout.tp + 2 * d + 8 * d * residual)
     # The layer's gradients in bf16, those of the one before it in fp32 for the network, and the next layer arriving.
-    reducing = 0.0 if alone or several else 6 * layer
+    reducing = 0.0 if alone or put_together else 6 * layer
     own = 0.0 if alone else 2 * layer
     head_gradient = (4 if alone else 2) * vocabulary * last
     logits = 0.0
@@ -139,20 +140,20 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
         logits = 12 * all_logits / chunks + (
             2 * all_logits / chunks + 2 * vocabulary if chunks > 1 else -2 * vocabulary
         )
-    whole = 4 * parameters
-    begin = put_off + (whole if several else 0.0)  # gradients, before the last backward pass
+    summed = 4 * (parameters if layout.pp > 1 else sharded)
+    begin = put_off + (summed if several else 0.0)  # gradients, before the last backward pass
     before = begin + activations - head + head_gradient + of_each * (pp_rank > 0)
     working = max(
         activations + begin + logits,
         before + feed,
         before - saved + reducing + feed,
         before - 2 * saved + attention_saved * (layout.recompute != "full") + reducing + own + attend,
-        (whole if several or shards == 1 else 4 * sharded) + (0.0 if alone else 4 * ends) + saved + attend,
+        (summed if several else 4 * sharded) + (0.0 if alone else 4 * ends) + saved + attend,
     )
     held = 12 * sharded + gathered + working
     return Memory(
         parameters_bytes=4 * sharded,
-        gradients_bytes=put_off + (whole if several else 4 * sharded),
+        gradients_bytes=put_off + (summed if several else 4 * sharded),
         optimizer_bytes=8 * sharded,
         activations_bytes=activations,
         buffers_bytes=gathered + max(0.0, logits, feed + reducing),

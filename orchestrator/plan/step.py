@@ -98,14 +98,10 @@ def forecast_step(
     # Tensor and sequence parallel: two all-gathers and two reduce-scatters of the residual stream in each direction.
     tp_pass = 4 * collective_s(2 * tokens * d, tp, tp, gpu)
 
-    def exposed_tp(products_s: float) -> float:
-        if not plan.async_tp:
-            return tp_pass
-        # Products go in `tp` pieces beside the communication of the next: the first has nothing to hide behind.
-        exposed = max(tp_pass / tp, tp_pass - products_s)
-        return exposed + CONTENTION * (tp_pass - exposed)
-
-    tp_forward, tp_backward = exposed_tp(matmul_forward), exposed_tp(matmul_backward)
+    tp_forward = exposed_s(tp_pass, matmul_forward, tp, plan)
+    tp_backward = exposed_s(tp_pass, matmul_backward, tp, plan)
+    tp_contention_forward = CONTENTION * (tp_pass - tp_forward)
+    tp_contention_backward = CONTENTION * (tp_pass - tp_backward)
     # Context parallel: keys and values go around the ring; hidden behind attention as far as that reaches.
     cp_pass = 0.0
     if layout.cp > 1:
@@ -115,20 +111,23 @@ def forecast_step(
 
     # The backward pass needs no output of the layer's last product, and stops computing again before it (torch since 2.1).
     stops_early = layout.recompute == "full" and not plan.recompute_whole
-    spared = product_s(tokens, f // tp, d) + tp_forward / 4 if stops_early else 0.0
-    again = {"none": (0.0, 0.0, 0.0, 0.0), "selective": (0.0, 0.0, elementwise_forward, 0.0)}.get(
-        layout.recompute, (matmul_forward - spared, attention_forward, elementwise_forward, tp_forward + cp_forward)
-    )
-    if layout.recompute == "selective" and plan.attention == "unfused":
-        again = (0.0, attention_forward, elementwise_forward, 0.0)  # arXiv 2205.05198's selective recomputation
+    spared = product_s(tokens, f // tp, d) + (tp_forward + tp_contention_forward) / 4 if stops_early else 0.0
+    again: tuple[float, ...] = (0.0,)
     alternate = layout.recompute == "selective" and plan.recompute_alternate
+    if layout.recompute == "full":
+        communicated = tp_forward + tp_contention_forward + cp_forward
+        again = (matmul_forward - spared, attention_forward, elementwise_forward, communicated)
+    elif layout.recompute == "selective" and plan.attention == "unfused":
+        again = (attention_forward, elementwise_forward)  # arXiv 2205.05198's
+    elif layout.recompute == "selective":  # both sublayers' inputs are gathered again, for no product to hide it
+        again = (elementwise_forward, tp_pass / 2)
     if alternate:  # of q, k, v, attention's output, w1, w3, w2
-        second = product_s(tokens, d, kv // tp) + product_s(tokens, d // tp, d) + product_s(tokens, d, f // tp)
-        again = (second, *again[1:])
-    forward_layer = matmul_forward + attention_forward + elementwise_forward + tp_forward + cp_forward
-    backward_layer = (
-        matmul_backward + attention_backward + elementwise_backward + tp_backward + cp_backward + sum(again)
+        again += tuple(product_s(tokens, k, n) for k, n in ((d, kv // tp), (d // tp, d), (d, f // tp)))
+    forward_layer = (
+        matmul_forward + attention_forward + elementwise_forward + tp_forward + tp_contention_forward + cp_forward
     )
+    backward_layer = matmul_backward + attention_backward + elementwise_backward + tp_backward + tp_contention_backward
+    backward_layer += cp_backward + sum(again)
     layer_s = forward_layer + backward_layer
 
     # ---- the head: logits and loss in chunks, forward and backward together
@@ -177,10 +176,10 @@ def forecast_step(
     else:
         first = (gather_s + scatter_s + reduce_s) / pieces  # nothing is there yet to hide the first and the last
         gather_forward = max(0.0, gather_s - forward_s)
-        gather_backward = max(0.0, gather_s - backward_s)
+        each_backward = max(0.0, gather_s + scatter_s - backward_s)
         last_backward = max(0.0, gather_s + scatter_s + reduce_s - backward_s)
-        exposed_dp_s = first + microbatches * gather_forward + (microbatches - 1) * gather_backward + last_backward
-        comm_s = (2 * microbatches * gather_s if shards > 1 else 0.0) + scatter_s + reduce_s
+        exposed_dp_s = first + microbatches * gather_forward + (microbatches - 1) * each_backward + last_backward
+        comm_s = microbatches * (2 * gather_s + scatter_s) + reduce_s
     contention_s = CONTENTION * max(0.0, comm_s - exposed_dp_s)
 
     # AdamW reads parameter, gradient and two moments, writes three; clipping reads the gradient once more.
@@ -214,7 +213,7 @@ def forecast_step(
         exposed_dp_s=exposed_dp_s,
         exposed_pp_s=exposed_pp_s,
         bubble_s=bubble_s + imbalance_s,
-        contention_s=contention_s,
+        contention_s=contention_s + per_rank * (tp_contention_forward + tp_contention_backward),
         optimizer_s=optimizer_s,
         straggling_s=straggling_s,
         step_s=step_s,
@@ -246,6 +245,14 @@ def matmul_s(rows: int, inner: int, columns: int, rate: float, cores: int, memor
                     break
     moved = 2 * (rows * inner + inner * columns + rows * columns)
     return max(best, moved / memory_bytes_per_s) + KERNEL_S
+
+
+def exposed_s(communication_s: float, products_s: float, tp: int, plan: PlanConfig) -> float:
+    """What of a pass's tensor parallel communication nothing hides. Asynchronous, each product goes in `tp` pieces beside the
+    communication of the next piece: the first has nothing to hide behind, nor has what is longer than the products."""
+    if not plan.async_tp:
+        return communication_s
+    return max(communication_s / tp, communication_s - products_s)
 
 
 def collective_s(size_bytes: float, ranks: int, local: int, gpu: GpuConfig, tree: bool = False) -> float:

@@ -21,6 +21,22 @@ def test_a_short_run_is_not_compiled_and_says_why() -> None:
     assert "short run" in choices.why
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"), [((9, 0), None, True), ((8, 0), None, False), ((9, 4), "6.4", False)]
+)
+def test_tensor_parallel_products_overlap_on_hopper_and_later_where_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, expected: bool
+) -> None:
+    """AMD's MI300X calls itself (9, 4)."""
+    monkeypatch.setattr(device_module, "_compile_fails", lambda _: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    gpu, two = torch.device("cuda"), Layout(name="test", tp=2)
+    assert choose(gpu, "on", 0.0, two).async_tp is expected
+    assert not choose(gpu, "auto", COMPILE_FLOPS * 2, two).async_tp
+    assert not choose(gpu, "on", 0.0, ONE_RANK).async_tp
+
+
 def test_without_a_compiler_a_long_run_goes_on_and_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -10,7 +10,7 @@ from model.config import ModelConfig
 from model.cost import GpuConfig
 from model.layout import Layout
 from orchestrator.plan.config import PlanConfig
-from orchestrator.plan.step import forecast_step
+from orchestrator.plan.step import Step, forecast_step
 
 GPUS = Path(__file__).resolve().parents[4] / "hydra_conf" / "gpu"
 
@@ -29,10 +29,13 @@ class Row:
     changes: dict[str, float] = field(default_factory=dict)  # of the GPU, where theirs was another
 
     @property
-    def forecast(self) -> float:
+    def step(self) -> Step:
         gpu = replace(GpuConfig(**yaml.safe_load((GPUS / f"{self.gpu}.yaml").read_text())), **self.changes)  # type: ignore[arg-type]
-        step = forecast_step(self.model, gpu, 8, self.layout, self.batch_sequences, self.plan)
-        return float(getattr(step, self.figure))
+        return forecast_step(self.model, gpu, 8, self.layout, self.batch_sequences, self.plan)
+
+    @property
+    def forecast(self) -> float:
+        return float(getattr(self.step, self.figure))
 
     @property
     def error(self) -> float:
@@ -63,9 +66,9 @@ MEGATRON_2021 = PlanConfig(
 )
 MEGATRON_2022 = PlanConfig(name="2022", attention="unfused", gradient_bytes=2)
 NOW = PlanConfig(name="now")
-TORCH_2_0 = PlanConfig(name="2023", recompute_whole=True)
+TORCH_2_0 = PlanConfig(name="2023", recompute_whole=True)  # or 1.13: the README does not say
 TORCHTITAN = PlanConfig(name="torchtitan", recompute_alternate=True)  # its selective "op"
-NVIDIA = PlanConfig(name="nvidia", gradient_bytes=2, async_tp=True)  # NeMo's and Megatron's settings of 2024 and 2025
+NVIDIA = PlanConfig(name="nvidia", gradient_bytes=2, async_tp=True)  # NeMo's settings of 2024 and 2025
 
 
 def megatron() -> list[Row]:
@@ -117,10 +120,16 @@ def llama3() -> list[Row]:
     ]  # fmt: skip
 
 
+MPT = {
+    "1B": (2048, 24, 16), "3B": (2560, 32, 20), "7B": (4096, 32, 32), "13B": (5120, 40, 40), "30B": (7168, 48, 56),
+    "70B": (8192, 80, 64),
+}  # fmt: skip
+
+
 def mpt(gpu: str) -> list[Row]:
-    """llm-foundry's scripts/train/benchmarking/README.md at 061f2c7, bf16, FSDP (the first, uncompiled): tokens/s a GPU."""
-    sizes = {"1B": (2048, 24, 16), "3B": (2560, 32, 20), "7B": (4096, 32, 32), "13B": (5120, 40, 40),
-             "30B": (7168, 48, 56), "70B": (8192, 80, 64)}  # fmt: skip
+    """llm-foundry's scripts/train/benchmarking/README.md at 061f2c7, bf16, FSDP (the first, uncompiled): tokens/s a GPU. Of
+    97 rows: each size with 2,048 tokens, 7B with more, 13B with less, and the largest scale (1B and 3B there shard gradients
+    only)."""
     h100 = (
         ("1B", 2048, 8, 14, 112, False, 45455), ("3B", 2048, 64, 6, 1152, False, 22525),
         ("7B", 2048, 8, 6, 48, False, 10643), ("7B", 4096, 8, 16, 256, True, 8611), ("7B", 8192, 8, 8, 128, True, 6935),
@@ -137,16 +146,17 @@ def mpt(gpu: str) -> list[Row]:
         ("13B", 1024, 8, 40, 960, True, 2330), ("30B", 2048, 8, 3, 504, True, 916), ("70B", 2048, 64, 8, 2048, True, 410),
         ("70B", 2048, 32, 2, 1024, True, 373),
     )  # fmt: skip
-    rows = []
-    for size, tokens, gpus, at_once, batch, full, published in h100 if gpu == "h100" else a100:
-        how = "full" if full else "none"
-        layout = laid(dp_shard=gpus, microbatch_sequences=at_once, recompute=how)
-        label = f"MPT {size}, {gpus} {gpu}, {at_once} x {tokens} tokens, recompute {how}"
-        model = replace(gpt(*sizes[size], 50432), sequence_length=tokens)
-        rows.append(
-            Row("llm-foundry", label, "tokens_per_s_per_gpu", published, model, layout, batch, TORCH_2_0, gpu)
-        )  # fmt: skip
-    return rows
+    return [mpt_row(gpu, *row) for row in (h100 if gpu == "h100" else a100)]
+
+
+def mpt_row(
+    gpu: str, size: str, tokens: int, gpus: int, at_once: int, batch: int, full: bool, published: float
+) -> Row:  # fmt: skip
+    how = "full" if full else "none"
+    layout = laid(dp_shard=gpus, microbatch_sequences=at_once, recompute=how)
+    label = f"MPT {size}, {gpus} {gpu}, {at_once} x {tokens} tokens, recompute {how}"
+    model = replace(gpt(*MPT[size], 50432), sequence_length=tokens)
+    return Row("llm-foundry", label, "tokens_per_s_per_gpu", published, model, layout, batch, TORCH_2_0, gpu)
 
 
 def open_replications() -> list[Row]:
@@ -224,9 +234,7 @@ def nvidia() -> list[Row]:
     """NVIDIA's own on H100, bf16. dgxc-benchmarking's README files at v25.04.02 (0efdb23; from their seconds a step; rows of
     8,192 tokens in llama3.1, 4,096 in nemotron) and 175B at v25.01.1 (e6afea3); NeMo's settings of that time: nothing is
     recomputed, tensor parallel communication overlaps, gradients are reduced in bf16, the optimizer is sharded (in one stage that
-    moves what replicas do). Megatron-LM's images/model_table.png (f2e5db4; 48 data parallel ranks): its TFLOP/s count the masked
-    half of attention too, and it states neither microbatches nor groups of layers: ours, four rows a pass without a pipeline and
-    the most even groups up to 12 with one."""
+    moves what replicas do)."""
     rows = []
     nemotron_15b = replace(gpt(6144, 32, 48, 256000), sequence_length=4096, n_kv_heads=8)
     for name, model, degrees, virtual, passes, runs in (
@@ -239,6 +247,15 @@ def nvidia() -> list[Row]:
     ):
         for gpus, seconds in runs:
             rows.append(nvidia_row(f"{name}, {gpus:,} H100", model, gpus, degrees, virtual, passes, seconds))
+    return rows
+
+
+def megatron_h100() -> list[Row]:
+    """Megatron-LM's images/model_table.png (f2e5db4; 48 data parallel ranks; gradients reduced in fp32, parameters gathered
+    in bf16: 3 bytes each way where an all-reduce stands for both). Its TFLOP/s count the masked half of attention too, and it
+    states neither microbatches nor groups of layers: ours, four rows a pass without a pipeline and the most even groups up to 12
+    with one."""
+    rows = []
     for size, heads, dim, layers, tp, pp, batch, tflops in (
         ("1.7B", 16, 2048, 24, 1, 1, 192, 408.8), ("7.1B", 32, 4096, 30, 2, 1, 192, 465.9),
         ("16B", 48, 6144, 32, 4, 1, 192, 489.1), ("32B", 56, 7168, 48, 8, 1, 192, 459.6),
@@ -248,11 +265,12 @@ def nvidia() -> list[Row]:
     ):  # fmt: skip
         virtual = 1 if pp == 1 else max(v for v in range(1, 13) if layers % (pp * v) == 0)
         shared = {"dp_replicate": 48, "microbatch_sequences": 4} if pp == 1 else {"dp_shard": 48}
+        plan = replace(NVIDIA, gradient_bytes=3 if pp == 1 else 4)
         model = replace(gpt(dim, layers, heads, 131072), sequence_length=4096)
         flops = 72 * layers * dim**2 * (1 + 4096 / (6 * dim) + 131072 / (12 * layers * dim))  # a token's
         rows.append(
             Row("Megatron-LM", f"{size}, {48 * tp * pp:,} H100, {tflops} TFLOP/s", "tokens_per_s_per_gpu",
-                tflops * 1e12 / flops, model, laid(virtual, tp=tp, pp=pp, **shared), batch, NVIDIA, "h100")
+                tflops * 1e12 / flops, model, laid(virtual, tp=tp, pp=pp, **shared), batch, plan, "h100")
         )  # fmt: skip
     return rows
 
@@ -269,15 +287,15 @@ def nvidia_row(
 
 
 def newer_gpus() -> list[Row]:
-    """B200: 8B in NeMo 25.09 (vuiseng9/nemo-perf-nvfp4's README at 13bdb29); GB200, whose peak is 2,500 TFLOP/s, as B200s of
-    that peak in nodes of 8 (dgxc-benchmarking at v25.05, 68eaf7e). H200: 70B in MaxText (AI-Hypercomputer/gpu-recipes at
+    """B200: 8B in NeMo 25.09 (vuiseng9/nemo-perf-nvfp4's README at 13bdb29); GB200, whose peak it gives as 2,450 TFLOP/s, as
+    B200s of that peak in nodes of 8 (dgxc-benchmarking at v25.05, 68eaf7e). H200: 70B in MaxText (AI-Hypercomputer/gpu-recipes at
     2e1fd5e), which repeats some products: between our selective and full. H100 in MaxText: 70B of dgxc-benchmarking at v25.03
     (1b9bb6b), which repeats all but q, k and v."""
     rows = [
         tokens_row("nemo-perf-nvfp4", "Llama 3 8B, 8 B200", LLAMA_3["8B"], laid(dp_replicate=8, microbatch_sequences=2),
                    21618, NVIDIA, "b200", passes=8)
     ]  # fmt: skip
-    gb200 = {"peak_bf16_tflops": 2500.0}
+    gb200 = {"peak_bf16_tflops": 2450.0}
     for name, model, degrees, virtual, passes, gpus, seconds in (
         ("Llama 3.1 405B", LLAMA_3["405B"], {"tp": 4, "pp": 8, "cp": 2}, 8, 32, 128, 9.347),
         ("Llama 3.1 405B", LLAMA_3["405B"], {"tp": 4, "pp": 8, "cp": 2}, 8, 32, 512, 9.508),
@@ -302,7 +320,7 @@ def misses() -> list[Row]:
     GPU-hours of LLaMA 2 (2307.09288, table 2), which states no layout: LLaMA's own, with rows twice as long; GPU-hours of 405B's
     model card over 15.6T tokens; 70B of torchtitan's performance.md with "selective op", its asyncTP rows; torchao's
     docs/source/workflows/training.md at 36027d8 (torchtitan on 8 GPUs of one row each); OLMo-core's README at b9e9193 (its number
-    of GPUs is not stated: ours, 64)."""
+    of GPUs is not stated: ours, 64); long rows of llm-foundry's."""
     rows = [
         Row("2204.06745", "GPT-NeoX 20B", "hardware_tflops_per_gpu", 117, gpt(6144, 44, 64, 50432),
             laid(tp=2, pp=4, dp_replicate=12, microbatch_sequences=4, recompute="full"), 1536, MEGATRON_2021,
@@ -341,6 +359,14 @@ def misses() -> list[Row]:
         model = replace(LLAMA_2[name], vocab_size=100352)
         layout = laid(dp_replicate=8, dp_shard=8, microbatch_sequences=at_once)
         rows.append(tokens_row("OLMo-core", f"OLMo 2 {name}, H100", model, layout, published, passes=passes))
+    rows += [
+        mpt_row(*row)
+        for row in (
+            ("a100_80gb", "1B", 8192, 8, 3, 96, False, 13814), ("a100_80gb", "30B", 8192, 8, 1, 168, True, 574),
+            ("a100_80gb", "7B", 32768, 8, 2, 32, True, 1672), ("h100", "7B", 32768, 8, 2, 32, True, 3318),
+            ("h100", "1B", 65536, 8, 1, 16, True, 5506),
+        )
+    ]  # fmt: skip
     return rows
 
 
@@ -348,5 +374,5 @@ def tables() -> list[Row]:
     """All of them, but LLaMA's four, which are whole experiments."""
     return [
         *megatron(), *selective(), *llama3(), *open_replications(), *fsdp_of_torch(), *mpt("a100_80gb"), *mpt("h100"),
-        *nvidia(), *newer_gpus(), *misses(),
+        *nvidia(), *megatron_h100(), *newer_gpus(), *misses(),
     ]  # fmt: skip
