@@ -1,6 +1,6 @@
 """How one model is laid over many GPUs: the degrees of the device mesh and what they need. Pure: no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from model.config import ModelConfig
@@ -19,15 +19,20 @@ class Layout:
     tp: int = 1  # tensor (with sequence) parallel ranks
     pp: int = 1  # pipeline stages
     cp: int = 1  # context parallel ranks (CUDA only)
-    microbatch_sequences: int = 1  # rows that one data-parallel rank computes at a time
+    microbatch_sequences: int = 1  # rows that one data-parallel rank computes at a time; 0: for the plan to choose
     recompute: str = "none"  # in the backward pass: none | selective (the paper's) | full | auto: the least that fits
     pipeline_schedule: str = "1f1b"
     virtual_stages: int = 1  # groups of layers on each pipeline rank (interleaved_1f1b)
 
     @property
     def is_open(self) -> bool:
-        """Whether degrees are left to the plan: those that are 0 (layout=auto)."""
-        return 0 in (self.dp_replicate, self.dp_shard, self.tp, self.pp, self.cp, self.microbatch_sequences)
+        """Whether something is left to the plan: what is 0."""
+        return self.has_open_degrees or self.microbatch_sequences == 0
+
+    @property
+    def has_open_degrees(self) -> bool:
+        """Whether more than the rows of a microbatch is left to the plan (layout=auto)."""
+        return 0 in (self.dp_replicate, self.dp_shard, self.tp, self.pp, self.cp)
 
     @property
     def dp(self) -> int:
@@ -54,8 +59,10 @@ class Layout:
             found.append(
                 f"layout.pipeline_schedule={self.pipeline_schedule} is none of {', '.join(PIPELINE_SCHEDULES)}"
             )
-        if found or self.is_open:
+        if found or self.has_open_degrees:
             return found
+        if self.microbatch_sequences == 0:  # if not even one row can be, none can
+            return replace(self, microbatch_sequences=1).problems(model, batch_sequences, gpus, gpus_per_node)
         rest = self.tp * self.pp * self.cp
         if self.gpus != gpus:
             parts = " x ".join(
@@ -81,7 +88,10 @@ class Layout:
         ):
             n = getattr(self, degree)
             if size % n:
-                found.append(f"model.{field}={size} does not divide by layout.{degree}={n}: choose a divisor of {size}")
+                found.append(
+                    f"model.{field}={size} does not divide by layout.{degree}={n}: choose a divisor of {size}, or for "
+                    f"model.{field} a multiple of {n}"
+                )
         if self.tp > gpus_per_node:
             found.append(
                 f"layout.tp={self.tp} is wider than a node of {gpus_per_node} GPUs: tensor parallelism needs the "

@@ -12,7 +12,7 @@ from model.layout import Layout
 from orchestrator.energy import carbon
 from orchestrator.errors import UserError
 from orchestrator.plan.memory import Memory, memory
-from orchestrator.plan.search import best, closed, fits, nearest, step_of
+from orchestrator.plan.search import best, closed, fits, nearest, step_of, with_rows
 from orchestrator.plan.step import Step
 from orchestrator.spec import RunSpec
 
@@ -216,10 +216,13 @@ def resolved(spec: RunSpec) -> RunSpec:
     dp = spec.cluster.gpus // (want.tp * want.pp * want.cp)
     shard = want.dp_shard or dp // (want.dp_replicate or 1)
     replicate = want.dp_replicate or dp // max(1, shard)
-    at_once = want.microbatch_sequences or max((n for n in range(1, 9) if rows % (max(1, dp) * n) == 0), default=1)
-    chosen = replace(
-        want, dp_shard=max(1, shard), dp_replicate=max(1, replicate), microbatch_sequences=at_once
-    )  # fmt: skip
+    chosen = replace(want, dp_shard=max(1, shard), dp_replicate=max(1, replicate))
+    if not want.microbatch_sequences:
+        chosen = max(
+            (other for other in with_rows(spec, chosen) if other.microbatch_sequences <= 8),
+            key=lambda other: other.microbatch_sequences,
+            default=replace(chosen, microbatch_sequences=1),
+        )
     if wrong := chosen.problems(spec.model, rows, spec.cluster.gpus, spec.cluster.gpus_per_node):
         raise UserError("layout=auto: " + "; ".join(wrong))
     return replace(spec, layout=closed(spec, chosen))

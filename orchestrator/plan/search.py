@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from model.layout import Layout
+from orchestrator import shrink
 from orchestrator.errors import UserError
 from orchestrator.plan.memory import memory
 from orchestrator.plan.step import Step, forecast_step
@@ -42,8 +43,10 @@ def step_of(spec: RunSpec, layout: Layout) -> Step:
 
 
 def best(spec: RunSpec) -> Layout:
-    """Raises UserError where nothing fits."""
+    """Raises UserError where nothing fits and degrees are open."""
     found = layouts(spec)
+    if not found and not spec.layout.has_open_degrees:
+        return closed(spec, replace(spec.layout, microbatch_sequences=1))
     if not found:
         kept = [
             f"layout.{n}={v}" for n in ("tp", "pp", "cp", "dp_shard", "dp_replicate") if (v := getattr(spec.layout, n))
@@ -61,12 +64,27 @@ def best(spec: RunSpec) -> Layout:
     return found[0][1]
 
 
+def with_rows(spec: RunSpec, layout: Layout) -> list[Layout]:
+    """`layout` with each number of rows at a time that it allows, and with which a run that may shrink still can."""
+    found = [replace(layout, microbatch_sequences=rows) for rows in MICROBATCHES]
+    batch, cluster = spec.optim.batch_sequences, spec.cluster
+    return [
+        other
+        for other in found
+        if not other.problems(spec.model, batch, cluster.gpus, cluster.gpus_per_node)
+        and not shrink.problems(cluster, other, batch)
+    ]
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _candidates(spec: RunSpec) -> Iterator[Layout]:
     want, gpus, layers = spec.layout, spec.cluster.gpus, spec.model.n_layers
+    if not want.has_open_degrees:
+        yield from with_rows(spec, want)
+        return
     for tp in [want.tp] if want.tp else _divisors(spec.cluster.gpus_per_node):
         for pp in [want.pp] if want.pp else [d for d in _divisors(gpus // tp) if d <= min(layers, 64)]:
             for cp in [want.cp] if want.cp else [1, 2, 4, 8, 16]:
@@ -85,8 +103,7 @@ def _candidates(spec: RunSpec) -> Iterator[Layout]:
                     if shard < 1 or dp % shard:
                         continue
                     for rows in [want.microbatch_sequences] if want.microbatch_sequences else MICROBATCHES:
-                        groups = [v for v in (1, 2, 3, 4, 5, 6, 8) if layers % (pp * v) == 0] if pp > 1 else [1]
-                        for virtual in groups or [1]:
+                        for virtual in range(1, min(8, layers // pp) + 1) if pp > 1 else [1]:
                             layout = replace(
                                 want, dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp, cp=cp,
                                 microbatch_sequences=rows, virtual_stages=virtual,
@@ -100,7 +117,10 @@ def _candidates(spec: RunSpec) -> Iterator[Layout]:
 
 def nearest(spec: RunSpec, layout: Layout, count: int = 3) -> list[str]:
     """Overrides of the layouts that fit and differ least from `layout`, the faster of equals first."""
-    names = ("tp", "pp", "cp", "dp_shard", "dp_replicate", "microbatch_sequences", "recompute")
+    names = (
+        "tp", "pp", "cp", "dp_shard", "dp_replicate", "microbatch_sequences", "recompute", "pipeline_schedule",
+        "virtual_stages",
+    )  # fmt: skip
     open_spec = replace(spec, layout=replace(
         layout, dp_replicate=0, dp_shard=0, tp=0, pp=0, cp=0, microbatch_sequences=0, recompute="auto"
     ))  # fmt: skip

@@ -12,8 +12,10 @@ from orchestrator.plan.memory import rank_memory
 SMALL = "model=small model.n_layers=4"
 LAYOUTS = {
     "one rank": f"{SMALL} optim.batch_sequences=8",
-    "fsdp, several microbatches": f"{SMALL} layout=fsdp cluster.gpus_per_node=8 optim.batch_sequences=128",
-    "fsdp, selective": f"{SMALL} layout=fsdp cluster.gpus_per_node=8 optim.batch_sequences=8 layout.recompute=selective",
+    "fsdp, several microbatches": f"{SMALL} layout=fsdp cluster.gpus_per_node=8 optim.batch_sequences=128 "
+    "layout.microbatch_sequences=1",
+    "fsdp, selective": f"{SMALL} layout=fsdp cluster.gpus_per_node=8 optim.batch_sequences=8 layout.recompute=selective "
+    "layout.microbatch_sequences=1",
     "hsdp, full": f"{SMALL} layout.dp_replicate=2 layout.dp_shard=2 cluster.gpus_per_node=4 optim.batch_sequences=32 "
     "layout.recompute=full",
     "fsdp x tp": f"{SMALL} layout.dp_shard=2 layout.tp=2 cluster.gpus_per_node=4 optim.batch_sequences=32",

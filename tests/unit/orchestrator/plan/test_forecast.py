@@ -61,21 +61,55 @@ def test_every_published_row_is_of_whole_microbatches(row: published.Row) -> Non
     assert row.batch_sequences == rows_a_pass * row.layout.accumulation_steps(row.batch_sequences)
 
 
-def test_what_cannot_fit_is_refused_with_layouts_that_do() -> None:
-    spec = specs.compose(["experiment=llama_65b", "layout.tp=1", "layout.dp_shard=8", "layout.dp_replicate=256",
-                          "layout.microbatch_sequences=1"])  # fmt: skip
-    with pytest.raises(UserError, match="GB and a a100_80gb has 80 GB") as raised:
-        forecast.plan(spec, NOW_S)
-    ways = str(raised.value).splitlines()[1:]
-    assert ways
+PAPER_405B = [
+    "experiment=llama_65b", "gpu=h100", "model.dim=16384", "model.n_layers=126", "model.n_heads=128", "model.n_kv_heads=8",
+    "model.ffn_dim=53248", "model.vocab_size=128256", "model.sequence_length=8192", "cluster.nodes=1024",
+    "optim.batch_sequences=2048", "checkpoint.every_steps=auto",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment=llama_65b", "layout.tp=1", "layout.dp_shard=8", "layout.dp_replicate=256",
+         "layout.microbatch_sequences=1"],
+        [*PAPER_405B, "layout.pp=16", "layout.virtual_stages=7", "layout.pipeline_schedule=interleaved_1f1b",
+         "layout.dp_replicate=1", "layout.microbatch_sequences=1"],
+    ],
+    ids=["65B", "405B"],
+)  # fmt: skip
+def test_what_cannot_fit_is_refused_with_layouts_that_do(words: list[str]) -> None:
+    with pytest.raises(UserError, match=r"GB and a \w+ has 80 GB") as raised:
+        forecast.plan(specs.compose(words), NOW_S)
+    ways = [line.split() for line in str(raised.value).splitlines()[1:]]
+    assert len(ways) == 3
     for way in ways:
-        overrides = dict(o.split("=") for o in way.split())
-        for key, value in overrides.items():
-            degree = key.removeprefix("layout.")
-            setattr(spec.layout, degree, type(getattr(spec.layout, degree))(value))
-        break
-    assert not spec.problems()
-    assert forecast.plan(spec, NOW_S).memory.total_bytes < 80e9
+        assert way
+        spec = specs.compose([*words, *way])
+        assert not spec.problems()
+        assert forecast.plan(spec, NOW_S).memory.total_bytes < 80e9
+
+
+def test_layout_auto_finds_pipelines_whose_groups_are_not_even() -> None:
+    step = forecast.plan(specs.compose([*PAPER_405B, "layout=auto"]), NOW_S).step
+    assert step.model_tflops_per_gpu > 400  # 368 without: no even groups of 126 layers
+
+
+def test_layout_fsdp_computes_as_many_rows_at_a_time_as_fit() -> None:
+    def rows(*words: str) -> int:
+        return forecast.resolved(specs.compose(["layout=fsdp", *words])).layout.microbatch_sequences
+
+    assert rows("cluster.gpus_per_node=2") == 8  # of 16 rows, on two ranks of this machine
+    assert rows("cluster.gpus_per_node=2", "optim.batch_sequences=6") == 1
+    two_stages = ("cluster.gpus_per_node=4", "layout.dp_shard=2", "layout.pp=2")
+    assert rows(*two_stages) == 4  # a pipeline of two needs two microbatches
+    four_nodes = ("cluster=slurm", "cluster.nodes=4", "cluster.gpus_per_node=1", "optim.batch_sequences=48")
+    assert rows(*four_nodes) == 4
+    assert rows(*four_nodes, "cluster.min_nodes=3") == 4
+    assert rows(*four_nodes, "cluster.min_nodes=3", "optim.batch_sequences=24") == 2
+    h100 = ("experiment=llama_7b", "gpu=h100", "cluster.nodes=8", "optim.batch_sequences=1024", "layout.recompute=full")
+    chosen = {gb: rows(*h100, f"gpu.memory_gb={gb}") for gb in (20, 80)}
+    assert 1 <= chosen[20] < chosen[80]
 
 
 def test_layout_auto_is_at_least_as_fast_as_the_written_one_and_keeps_what_is_set() -> None:
