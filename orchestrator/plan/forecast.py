@@ -244,7 +244,8 @@ def table(found: Plan) -> str:
             f"{k.removesuffix('_bytes')} {v / 1e9:.1f} GB" for k, v in asdict(mem).items() if k != "total_bytes"
         )
         + f"; at the peak {mem.total_bytes / 1e9:.1f} GB a rank",
-        f"step     {step.step_s:.3f} s: "
+        f"step     {step.step_s:.3f} s, {step.model_tflops_per_gpu:.4g} TFLOP/s a GPU of the model "
+        f"({step.hardware_tflops_per_gpu:.4g} with what is computed again): "
         + ", ".join(
             f"{k.removesuffix('_s').replace('_', ' ')} {100 * v / step.step_s:.1f}%"
             for k, v in asdict(step).items()
