@@ -31,7 +31,7 @@ TWO_NODES = [
     "layout.dp_shard=2",
 ]
 ITS_NODES = "node001,node002"  # of the run that meets time limits: what is done to other runs stays away from them
-SLOW = Fault(kind="slow", seconds=0.08)  # so that what is done to a run meets it in the middle
+SLOW = Fault(kind="slow", seconds=0.15)  # so that what is done to a run meets it in the middle
 
 
 @pytest.fixture(scope="module")
