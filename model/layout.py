@@ -6,6 +6,7 @@ from itertools import pairwise
 from model.config import ModelConfig
 
 RECOMPUTE = ("none", "selective", "full", "auto")
+MICROBATCHES = range(1, 17)  # rows at a time among which the plan chooses
 PIPELINE_SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble")
 
 
@@ -61,8 +62,12 @@ class Layout:
             )
         if found or self.has_open_degrees:
             return found
-        if self.microbatch_sequences == 0:  # if not even one row can be, none can
-            return replace(self, microbatch_sequences=1).problems(model, batch_sequences, gpus, gpus_per_node)
+        if self.microbatch_sequences == 0:
+            each = [
+                replace(self, microbatch_sequences=rows).problems(model, batch_sequences, gpus, gpus_per_node)
+                for rows in MICROBATCHES
+            ]
+            return [] if [] in each else each[0]
         rest = self.tp * self.pp * self.cp
         if self.gpus != gpus:
             parts = " x ".join(

@@ -156,7 +156,8 @@ def forward_backward(model: nn.Module, rows_BT: Tensor, microbatch: int, scale: 
     for start in range(0, len(rows_BT), microbatch):
         if isinstance(model, FSDPModule):
             # Each microbatch's gradients are reduced to this rank's shards: whole ones would not fit where sharding is
-            # needed. Replicas exchange theirs once a step.
+            # needed. Replicas exchange theirs once a step; until then FSDP2 keeps their sum where zero_grad does not reach,
+            # so that a step must not be abandoned in the middle.
             model.set_requires_all_reduce(start + microbatch >= len(rows_BT))
         rows = rows_BT[start : start + microbatch]
         loss = model(rows[:, :-1], rows[:, 1:])

@@ -32,13 +32,13 @@ def nodes_to_use(cluster: ClusterConfig, layout: Layout, batch_sequences: int, f
     cluster.min_nodes allows; None where these are too few."""
     if fit >= cluster.nodes:
         return cluster.nodes
-    return next(iter(_smaller(cluster, layout, batch_sequences, fit)), None)
+    return next(iter(smaller(cluster, layout, batch_sequences, fit)), None)
 
 
-def _smaller(cluster: ClusterConfig, layout: Layout, batch_sequences: int, most: int) -> list[int]:
+def smaller(cluster: ClusterConfig, layout: Layout, batch_sequences: int, most: int | None = None) -> list[int]:
     """The numbers of nodes below cluster.nodes, up to `most`, that cluster.min_nodes allows and the batch divides by."""
     found = []
-    for nodes in range(min(most, cluster.nodes - 1), (cluster.min_nodes or cluster.nodes) - 1, -1):
+    for nodes in range(min(most or cluster.nodes, cluster.nodes - 1), (cluster.min_nodes or cluster.nodes) - 1, -1):
         try:
             shrunk(layout, nodes * cluster.gpus_per_node, batch_sequences)
         except ValueError:
@@ -50,7 +50,9 @@ def _smaller(cluster: ClusterConfig, layout: Layout, batch_sequences: int, most:
 def problems(cluster: ClusterConfig, layout: Layout, batch_sequences: int) -> list[str]:
     """Why cluster.min_nodes promises what can't be."""
     least, nodes = cluster.min_nodes, cluster.nodes
-    if least is None or layout.is_open or least >= nodes or _smaller(cluster, layout, batch_sequences, nodes - 1):
+    if layout.microbatch_sequences == 0:
+        layout = replace(layout, microbatch_sequences=1)  # with which the most can be
+    if least is None or layout.has_open_degrees or least >= nodes or smaller(cluster, layout, batch_sequences):
         return []
     try:
         shrunk(layout, (nodes - 1) * cluster.gpus_per_node, batch_sequences)

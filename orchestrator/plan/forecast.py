@@ -218,11 +218,9 @@ def resolved(spec: RunSpec) -> RunSpec:
     replicate = want.dp_replicate or dp // max(1, shard)
     chosen = replace(want, dp_shard=max(1, shard), dp_replicate=max(1, replicate))
     if not want.microbatch_sequences:
-        chosen = max(
-            (other for other in with_rows(spec, chosen) if other.microbatch_sequences <= 8),
-            key=lambda other: other.microbatch_sequences,
-            default=replace(chosen, microbatch_sequences=1),
-        )
+        allowed = [other for other in with_rows(spec, chosen) if other.microbatch_sequences <= 8]
+        fitting = [other for other in allowed if fits(spec, closed(spec, other))]
+        chosen = (fitting or allowed[:1] or [replace(chosen, microbatch_sequences=1)])[-1]
     if wrong := chosen.problems(spec.model, rows, spec.cluster.gpus, spec.cluster.gpus_per_node):
         raise UserError("layout=auto: " + "; ".join(wrong))
     return replace(spec, layout=closed(spec, chosen))

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from model.layout import Layout
+from model.layout import MICROBATCHES, Layout
 from orchestrator import shrink
 from orchestrator.errors import UserError
 from orchestrator.plan.memory import memory
 from orchestrator.plan.step import Step, forecast_step
 from orchestrator.spec import RunSpec
 
-MICROBATCHES = (1, 2, 4, 8, 16)
+FEW_MICROBATCHES = (1, 2, 4, 8, 16)  # where degrees are open too
 
 
 def fits(spec: RunSpec, layout: Layout) -> bool:
@@ -65,14 +65,15 @@ def best(spec: RunSpec) -> Layout:
 
 
 def with_rows(spec: RunSpec, layout: Layout) -> list[Layout]:
-    """`layout` with each number of rows at a time that it allows, and with which a run that may shrink still can."""
+    """`layout` with each number of rows at a time that it allows, and with which a run shrinks to as many sizes."""
     found = [replace(layout, microbatch_sequences=rows) for rows in MICROBATCHES]
     batch, cluster = spec.optim.batch_sequences, spec.cluster
+    sizes = shrink.smaller(cluster, found[0], batch)
     return [
         other
         for other in found
         if not other.problems(spec.model, batch, cluster.gpus, cluster.gpus_per_node)
-        and not shrink.problems(cluster, other, batch)
+        and shrink.smaller(cluster, other, batch) == sizes
     ]
 
 
@@ -102,15 +103,19 @@ def _candidates(spec: RunSpec) -> Iterator[Layout]:
                 for shard in shards:
                     if shard < 1 or dp % shard:
                         continue
-                    for rows in [want.microbatch_sequences] if want.microbatch_sequences else MICROBATCHES:
-                        for virtual in range(1, min(8, layers // pp) + 1) if pp > 1 else [1]:
+                    for rows in [want.microbatch_sequences] if want.microbatch_sequences else FEW_MICROBATCHES:
+                        # Even groups only: what uneven ones wait for each other, the forecast does not know.
+                        groups = [v for v in range(1, 9) if layers % (pp * v) == 0] if pp > 1 else [1]
+                        for virtual in groups or [1]:
                             layout = replace(
                                 want, dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp, cp=cp,
                                 microbatch_sequences=rows, virtual_stages=virtual,
                                 pipeline_schedule="interleaved_1f1b" if virtual > 1 else "1f1b",
                             )  # fmt: skip
-                            if not layout.problems(
-                                spec.model, spec.optim.batch_sequences, gpus, spec.cluster.gpus_per_node
+                            batch, cluster = spec.optim.batch_sequences, spec.cluster
+                            if not (
+                                layout.problems(spec.model, batch, gpus, cluster.gpus_per_node)
+                                or shrink.problems(cluster, layout, batch)
                             ):
                                 yield layout
 

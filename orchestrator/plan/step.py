@@ -156,7 +156,7 @@ def forecast_step(
     # ---- data parallel: over dp and cp ranks, in shards and replicas
     layers = model.n_layers / layout.pp
     rank_parameters = layers * layer_parameters(model) / tp + model.vocab_size * d / tp * (2 if layout.pp == 1 else 1)
-    shards = layout.dp_shard * (layout.cp if layout.dp_shard > 1 else 1)
+    shards = layout.dp_shard * layout.cp
     replicas = layout.dp * layout.cp // shards
     node_ranks = max(1, gpus_per_node // tp)  # of one tensor parallel index, on one node
     shard_local = min(shards, node_ranks)
@@ -174,7 +174,8 @@ def forecast_step(
         comm_s = gather_s + scatter_s + reduce_s
         exposed_dp_s = (1 - hidden_share) * comm_s
     else:
-        first = (gather_s + scatter_s + reduce_s) / pieces  # nothing is there yet to hide the first and the last
+        # Nothing is there yet to hide a pass's first gather and its last reduction.
+        first = (microbatches * (gather_s + scatter_s) + reduce_s) / pieces
         gather_forward = max(0.0, gather_s - forward_s)
         each_backward = max(0.0, gather_s + scatter_s - backward_s)
         last_backward = max(0.0, gather_s + scatter_s + reduce_s - backward_s)
