@@ -38,7 +38,8 @@ def nodes_to_use(cluster: ClusterConfig, layout: Layout, batch_sequences: int, f
 def smaller(cluster: ClusterConfig, layout: Layout, batch_sequences: int, most: int | None = None) -> list[int]:
     """The numbers of nodes below cluster.nodes, up to `most`, that cluster.min_nodes allows and the batch divides by."""
     found = []
-    for nodes in range(min(most or cluster.nodes, cluster.nodes - 1), (cluster.min_nodes or cluster.nodes) - 1, -1):
+    most = cluster.nodes if most is None else most
+    for nodes in range(min(most, cluster.nodes - 1), (cluster.min_nodes or cluster.nodes) - 1, -1):
         try:
             shrunk(layout, nodes * cluster.gpus_per_node, batch_sequences)
         except ValueError:

@@ -25,7 +25,7 @@ def test_replicas_go_first_and_then_the_shards_are_fewer() -> None:
 
 
 def test_the_most_nodes_that_the_batch_divides_by_are_used() -> None:
-    assert [nodes_to_use(CLUSTER, LAYOUT, 64, fit) for fit in (9, 8, 7, 3, 1)] == [8, 8, 4, 2, None]
+    assert [nodes_to_use(CLUSTER, LAYOUT, 64, fit) for fit in (9, 8, 7, 3, 1, 0)] == [8, 8, 4, 2, None, None]
     assert nodes_to_use(replace(CLUSTER, min_nodes=None), LAYOUT, 64, 7) is None
 
 
