@@ -98,7 +98,9 @@ class CheckpointStore:
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
         self._on_event = on_event
-        self.saved_step: int | None = None  # of the last save that was committed; the same on all ranks after finish()
+        self.saved_step: int | None = (
+            None  # of the checkpoint committed or loaded last; the same on all ranks after finish()
+        )
         self._group = self._new_group()  # for the caller's thread
         self._write_group = self._new_group()  # for the writing thread
         self._group_broken = False
@@ -159,6 +161,7 @@ class CheckpointStore:
             loaded, reason = self._load(info, state)
             if loaded:
                 self._go_on_from(info.step)
+                self.saved_step = info.step
                 self._event("loaded", info.step, f"{info.name} verified and loaded")
                 self._prepare(state)
                 return loaded

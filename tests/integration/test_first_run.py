@@ -49,6 +49,20 @@ def test_the_same_command_again_says_that_it_is_finished(workplace: Path, undist
 
 
 @pytest.mark.slow
+def test_a_run_that_ended_between_its_last_save_and_its_last_word_is_finished_by_the_same_command(
+    workplace: Path,
+) -> None:
+    assert launch(workplace, "unsaid").returncode == 0
+    for path in run_dir(workplace, "unsaid").events.glob("*.jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if '"kind":"finished"' not in line))
+    again = launch(workplace, "unsaid")
+    assert again.returncode == 0, again.stdout + again.stderr
+    events = read_events(run_dir(workplace, "unsaid").events)
+    assert [e.step for e in events if e.kind in ("resumed", "finished")] == [STEPS, STEPS]
+
+
+@pytest.mark.slow
 def test_another_configuration_under_the_same_name_is_refused(workplace: Path, undisturbed: object) -> None:
     refused = launch(workplace, "undisturbed", "optim.lr=1e-5")
     assert refused.returncode == 2
