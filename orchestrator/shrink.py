@@ -35,10 +35,9 @@ def nodes_to_use(cluster: ClusterConfig, layout: Layout, batch_sequences: int, f
     return next(iter(smaller(cluster, layout, batch_sequences, fit)), None)
 
 
-def smaller(cluster: ClusterConfig, layout: Layout, batch_sequences: int, most: int | None = None) -> list[int]:
+def smaller(cluster: ClusterConfig, layout: Layout, batch_sequences: int, most: int) -> list[int]:
     """The numbers of nodes below cluster.nodes, up to `most`, that cluster.min_nodes allows and the batch divides by."""
     found = []
-    most = cluster.nodes if most is None else most
     for nodes in range(min(most, cluster.nodes - 1), (cluster.min_nodes or cluster.nodes) - 1, -1):
         try:
             shrunk(layout, nodes * cluster.gpus_per_node, batch_sequences)
@@ -53,7 +52,7 @@ def problems(cluster: ClusterConfig, layout: Layout, batch_sequences: int) -> li
     least, nodes = cluster.min_nodes, cluster.nodes
     if layout.microbatch_sequences == 0:
         layout = replace(layout, microbatch_sequences=1)  # with which the most can be
-    if least is None or layout.has_open_degrees or least >= nodes or smaller(cluster, layout, batch_sequences):
+    if least is None or layout.has_open_degrees or least >= nodes or smaller(cluster, layout, batch_sequences, nodes):
         return []
     try:
         shrunk(layout, (nodes - 1) * cluster.gpus_per_node, batch_sequences)

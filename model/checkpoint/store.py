@@ -98,9 +98,8 @@ class CheckpointStore:
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
         self._on_event = on_event
-        self.saved_step: int | None = (
-            None  # of the checkpoint committed or loaded last; the same on all ranks after finish()
-        )
+        # Of the checkpoint committed or loaded last; the same on all ranks after finish().
+        self.saved_step: int | None = None
         self._group = self._new_group()  # for the caller's thread
         self._write_group = self._new_group()  # for the writing thread
         self._group_broken = False

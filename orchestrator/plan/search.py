@@ -68,12 +68,12 @@ def with_rows(spec: RunSpec, layout: Layout) -> list[Layout]:
     """`layout` with each number of rows at a time that it allows, and with which a run shrinks to as many sizes."""
     found = [replace(layout, microbatch_sequences=rows) for rows in MICROBATCHES]
     batch, cluster = spec.optim.batch_sequences, spec.cluster
-    sizes = shrink.smaller(cluster, found[0], batch)
+    sizes = shrink.smaller(cluster, found[0], batch, cluster.nodes)
     return [
         other
         for other in found
         if not other.problems(spec.model, batch, cluster.gpus, cluster.gpus_per_node)
-        and shrink.smaller(cluster, other, batch) == sizes
+        and shrink.smaller(cluster, other, batch, cluster.nodes) == sizes
     ]
 
 
@@ -83,6 +83,7 @@ def _divisors(n: int) -> list[int]:
 
 def _candidates(spec: RunSpec) -> Iterator[Layout]:
     want, gpus, layers = spec.layout, spec.cluster.gpus, spec.model.n_layers
+    batch, cluster = spec.optim.batch_sequences, spec.cluster
     if not want.has_open_degrees:
         yield from with_rows(spec, want)
         return
@@ -112,7 +113,6 @@ def _candidates(spec: RunSpec) -> Iterator[Layout]:
                                 microbatch_sequences=rows, virtual_stages=virtual,
                                 pipeline_schedule="interleaved_1f1b" if virtual > 1 else "1f1b",
                             )  # fmt: skip
-                            batch, cluster = spec.optim.batch_sequences, spec.cluster
                             if not (
                                 layout.problems(spec.model, batch, gpus, cluster.gpus_per_node)
                                 or shrink.problems(cluster, layout, batch)

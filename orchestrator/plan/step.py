@@ -97,7 +97,6 @@ def forecast_step(
     elementwise_backward = 2 * 2 * tokens * elements / memory_bytes_per_s + 2 * KERNELS_PER_LAYER * KERNEL_S
     # Tensor and sequence parallel: two all-gathers and two reduce-scatters of the residual stream in each direction.
     tp_pass = 4 * collective_s(2 * tokens * d, tp, tp, gpu)
-
     tp_forward = exposed_s(tp_pass, matmul_forward, tp, plan)
     tp_backward = exposed_s(tp_pass, matmul_backward, tp, plan)
     tp_contention_forward = CONTENTION * (tp_pass - tp_forward)
@@ -112,22 +111,21 @@ def forecast_step(
     # The backward pass needs no output of the layer's last product, and stops computing again before it (torch since 2.1).
     stops_early = layout.recompute == "full" and not plan.recompute_whole
     spared = product_s(tokens, f // tp, d) + (tp_forward + tp_contention_forward) / 4 if stops_early else 0.0
-    again: tuple[float, ...] = (0.0,)
-    alternate = layout.recompute == "selective" and plan.recompute_alternate
-    if layout.recompute == "full":
-        communicated = tp_forward + tp_contention_forward + cp_forward
-        again = (matmul_forward - spared, attention_forward, elementwise_forward, communicated)
-    elif layout.recompute == "selective" and plan.attention == "unfused":
-        again = (attention_forward, elementwise_forward)  # arXiv 2205.05198's
-    elif layout.recompute == "selective":  # both sublayers' inputs are gathered again, for no product to hide it
-        again = (elementwise_forward, tp_pass / 2)
-    if alternate:  # of q, k, v, attention's output, w1, w3, w2
-        again += tuple(product_s(tokens, k, n) for k, n in ((d, kv // tp), (d // tp, d), (d, f // tp)))
     forward_layer = (
         matmul_forward + attention_forward + elementwise_forward + tp_forward + tp_contention_forward + cp_forward
     )
+    again = 0.0
+    alternate = layout.recompute == "selective" and plan.recompute_alternate
+    if layout.recompute == "full":
+        again = forward_layer - spared
+    elif layout.recompute == "selective" and plan.attention == "unfused":
+        again = elementwise_forward + attention_forward  # arXiv 2205.05198's
+    elif layout.recompute == "selective":  # both sublayers' inputs are gathered again, for no product to hide it
+        again = elementwise_forward + tp_pass / 2
+    if alternate:  # of q, k, v, attention's output, w1, w3, w2
+        again += product_s(tokens, d, kv // tp) + product_s(tokens, d // tp, d) + product_s(tokens, d, f // tp)
     backward_layer = matmul_backward + attention_backward + elementwise_backward + tp_backward + tp_contention_backward
-    backward_layer += cp_backward + sum(again)
+    backward_layer += cp_backward + again
     layer_s = forward_layer + backward_layer
 
     # ---- the head: logits and loss in chunks, forward and backward together
@@ -207,7 +205,7 @@ def forecast_step(
         matmul_s=per_rank * (matmul_forward + matmul_backward),
         attention_s=per_rank * (attention_forward + attention_backward),
         elementwise_s=per_rank * (elementwise_forward + elementwise_backward),
-        recompute_s=per_rank * sum(again),
+        recompute_s=per_rank * again,
         head_s=microbatches * head_s / layout.pp,
         exposed_tp_s=per_rank * (tp_forward + tp_backward),
         exposed_cp_s=per_rank * (cp_forward + cp_backward),

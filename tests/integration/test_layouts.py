@@ -1,7 +1,6 @@
 """Every way to lay the model over ranks computes what one rank computes, and reads the others' checkpoints. fp32, gloo."""
 
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_faults import make_store, run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import device as device_module
 from model.config import ModelConfig, OptimConfig
@@ -128,29 +126,15 @@ def test_a_run_moves_through_layouts_and_back_to_one_rank(one_rank: Any, tmp_pat
     assert again == [pytest.approx(straight[3], rel=1e-5)]
 
 
-class Counted(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[str(op)] += 1
-        return op(*args, **(kwargs or {}))
-
-
 def exchanges(rank: int, layout: Layout) -> tuple[int, int, int]:
     """Of one step: microbatches, times that gradients were reduced to shards, times that replicas summed theirs."""
     ranks = place_ranks(layout, torch.device("cpu"))
     model = build_model(MODEL, layout, ranks, torch.float32, seed=3)
     rows = torch.randint(0, 96, (4, 33), generator=torch.Generator().manual_seed(rank))
-    with Counted() as counted:
+    with torch.profiler.profile() as profile:
         forward_backward(model, rows, layout.microbatch_sequences, 1.0)
-    calls = counted.calls
-    return (
-        len(rows) // layout.microbatch_sequences,
-        calls["c10d._reduce_scatter_base_.default"],
-        calls["c10d.allreduce_.default"],
-    )
+    calls = {event.key: event.count for event in profile.key_averages()}
+    return len(rows) // layout.microbatch_sequences, calls["c10d::_reduce_scatter_base_"], calls["c10d::allreduce_"]
 
 
 def test_each_microbatch_is_reduced_to_shards_and_replicas_sum_once_a_step(tmp_path: Path) -> None:

@@ -149,14 +149,12 @@ def mpt(gpu: str) -> list[Row]:
     return [mpt_row(gpu, *row) for row in (h100 if gpu == "h100" else a100)]
 
 
-def mpt_row(
-    gpu: str, size: str, tokens: int, gpus: int, at_once: int, batch: int, full: bool, published: float
-) -> Row:  # fmt: skip
-    how = "full" if full else "none"
-    layout = laid(dp_shard=gpus, microbatch_sequences=at_once, recompute=how)
-    label = f"MPT {size}, {gpus} {gpu}, {at_once} x {tokens} tokens, recompute {how}"
+def mpt_row(gpu: str, size: str, tokens: int, gpus: int, at_once: int, batch: int, full: bool, published: float) -> Row:
+    layout = laid(dp_shard=gpus, microbatch_sequences=at_once, recompute="full" if full else "none")
+    label = f"MPT {size}, {gpus} {gpu}, {at_once} x {tokens} tokens"
     model = replace(gpt(*MPT[size], 50432), sequence_length=tokens)
-    return Row("llm-foundry", label, "tokens_per_s_per_gpu", published, model, layout, batch, TORCH_2_0, gpu)
+    passes = batch // (gpus * at_once)
+    return tokens_row("llm-foundry", label, model, layout, published, TORCH_2_0, gpu, passes=passes)
 
 
 def open_replications() -> list[Row]:
@@ -224,8 +222,8 @@ def fsdp_of_torch() -> list[Row]:
     ):  # fmt: skip
         layout = laid(dp_replicate=128 // shard, dp_shard=shard, microbatch_sequences=at_once, recompute=recompute)
         rows.append(
-            Row("fms-fsdp", f"Llama 2 {size}, recompute {recompute}", "tokens_per_s_per_gpu", published, LLAMA_2[size],
-                layout, 128 * at_once, replace(NOW, gradient_bytes=2), changes={"inter_node_gb_per_s": 6.25})
+            tokens_row("fms-fsdp", f"Llama 2 {size}", LLAMA_2[size], layout, published, replace(NOW, gradient_bytes=2),
+                       "a100_80gb", {"inter_node_gb_per_s": 6.25})
         )  # fmt: skip
     return rows
 

@@ -97,11 +97,8 @@ def test_layout_fsdp_computes_as_many_rows_at_a_time_as_fit() -> None:
 
     assert rows("cluster.gpus_per_node=2") == 8  # of 16 rows, on two ranks of this machine
     assert rows("cluster.gpus_per_node=2", "optim.batch_sequences=6") == 3
-    assert (
-        rows("model=small", "cluster.gpus_per_node=2", "gpu.memory_gb=4")
-        < 8
-        == rows("model=small", "cluster.gpus_per_node=2")
-    )
+    assert rows("model=small", "cluster.gpus_per_node=2") == 8
+    assert rows("model=small", "cluster.gpus_per_node=2", "gpu.memory_gb=4") < 8
     two_stages = ("cluster.gpus_per_node=4", "layout.dp_shard=2", "layout.pp=2")
     assert rows(*two_stages) == 4  # a pipeline of two needs two microbatches
     four_nodes = ("cluster=slurm", "cluster.nodes=4", "cluster.gpus_per_node=1", "optim.batch_sequences=48")
