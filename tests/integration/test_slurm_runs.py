@@ -96,7 +96,7 @@ def timed_out(runs: Runs) -> str:
     to begin; and even the longest start does not get through a third of the steps.
     """
     limit = ["cluster.time_limit_min=1", "cluster.warn_s=10", f"cluster.nodelist='{ITS_NODES}'"]
-    runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=0.9),))
+    runs.launch("timed_out", *limit, faults=(Fault(kind="slow", seconds=1.3),))
     return "timed_out"
 
 
