@@ -96,6 +96,8 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         console.print(f"no forecast        gpu={spec.gpu.name} is not calibrated (docs/plan.md)")
     else:
         console.print(forecast.sentence(expected))
+        for text in expected.assumed:
+            console.print(f"assumed            {text}")
         if not run_dir.plan.exists():  # a run is graded by what was expected at its first start
             _write(run_dir.plan, json.dumps(forecast.figures_json(expected), indent=1) + "\n")
     prepared = _prepare(console, spec)

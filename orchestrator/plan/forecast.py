@@ -12,11 +12,12 @@ from model.layout import Layout
 from orchestrator.energy import carbon
 from orchestrator.errors import UserError
 from orchestrator.plan.memory import Memory, memory
-from orchestrator.plan.search import best, closed, fits, nearest, step_of, with_rows
+from orchestrator.plan.search import best, closed, fits, nearest, needed_gb, step_of, tightest, with_rows
 from orchestrator.plan.step import Step
 from orchestrator.spec import RunSpec
 
 PRIOR_FAILURES = 2  # published rates lie a factor of two around the central one: as unsure as two failures leave one
+SINCE_HOPPER = ("h100", "h200", "b200")
 SPEED_MARGIN = 0.12  # of a step's time: how far published tables lie from the forecast (docs/plan.md)
 
 
@@ -32,6 +33,7 @@ class Plan:
     best_interval: Interval  # what checkpoint.every_steps=auto comes to
     carbon_source: str | None
     start: str | None  # the greenest, in words
+    assumed: list[str]  # where the forecast is told to count otherwise than this trainer trains
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +51,7 @@ class Plan:
             },
             "carbon_source": self.carbon_source,
             "start": self.start,
+            "assumed": self.assumed,
         }
 
 
@@ -113,10 +116,15 @@ def planned_layout(spec: RunSpec) -> Layout:
         )
     layout = best(spec) if spec.layout.is_open else closed(spec, spec.layout)
     if not fits(spec, layout):
-        need = memory(spec.model, layout, spec.plan, spec.optim.batch_sequences).total_bytes / 1e9
+        need, where = needed_gb(spec, layout), ""
+        if need <= spec.gpu.memory_gb:
+            tight = tightest(spec, layout)
+            need = needed_gb(spec, tight)
+            nodes = tight.gpus // spec.cluster.gpus_per_node
+            where = f" on {nodes} nodes, which cluster.min_nodes={spec.cluster.min_nodes} allows,"
         ways = nearest(spec, layout)
         raise UserError(
-            f"each rank needs {need:.1f} GB and a {spec.gpu.name} has {spec.gpu.memory_gb:g} GB. "
+            f"each rank needs {need:.1f} GB{where} and a {spec.gpu.name} has {spec.gpu.memory_gb:g} GB. "
             + ("Nearest layouts that fit:\n  " + "\n  ".join(ways) if ways else "No layout fits: take more nodes.")
         )
     return layout
@@ -183,8 +191,34 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
         layout=layout, memory=used, step=step, figures=figures,
         restarts=Range(*(r * 3600 * h for r, h in zip(rates, (hours.low, hours.central, hours.high), strict=True))),
         save_s=pause, every_steps=every_steps, best_interval=best_save_interval(spec, step.step_s),
-        carbon_source=source, start=start,
+        carbon_source=source, start=start, assumed=assumed(spec, layout),
     )  # fmt: skip
+
+
+def assumed(spec: RunSpec, layout: Layout) -> list[str]:
+    """Settings of plan.* under which other people's tables are forecast, and this trainer is not."""
+    plan, tp, selective = spec.plan, layout.tp > 1, layout.recompute == "selective"
+    overlaps = tp and spec.compile == "on" and spec.gpu.name in SINCE_HOPPER  # model/device.py
+    told = {
+        "plan.attention=unfused: the trainer's is fused": plan.attention == "unfused",
+        "plan.sequence_parallel=false: the trainer's tensor parallel ranks share norms and residuals": tp
+        and not plan.sequence_parallel,
+        "plan.recompute_whole=true: the trainer stops before a layer's last product": plan.recompute_whole
+        and layout.recompute == "full",
+        "plan.recompute_alternate=true: the trainer's selective recomputation repeats no product": plan.recompute_alternate
+        and selective,
+        "plan.recompute_alternate=true: without effect, layout.recompute is not selective": plan.recompute_alternate
+        and not selective,
+        f"plan.gradient_bytes={plan.gradient_bytes}: the trainer reduces gradients of 4 bytes": plan.gradient_bytes
+        != 4,
+        "plan.async_tp=true: without effect, layout.tp is 1": plan.async_tp and not tp,
+        f"plan.async_tp=true: the trainer overlaps with compile=on only, on {', '.join(SINCE_HOPPER)}": plan.async_tp
+        and tp
+        and not overlaps,
+        "plan.async_tp=false: with compile=on the trainer overlaps tensor parallel communication": overlaps
+        and not plan.async_tp,
+    }
+    return [text for text, holds in told.items() if holds]
 
 
 def figures_json(found: Plan) -> dict[str, Any]:
@@ -222,7 +256,7 @@ def resolved(spec: RunSpec) -> RunSpec:
         fitting = [other for other in allowed if fits(spec, closed(spec, other))]
         chosen = (fitting or allowed[:1] or [replace(chosen, microbatch_sequences=1)])[-1]
     if wrong := chosen.problems(spec.model, rows, spec.cluster.gpus, spec.cluster.gpus_per_node):
-        raise UserError("layout=auto: " + "; ".join(wrong))
+        raise UserError(f"layout={spec.layout.name}: " + "; ".join(wrong))
     return replace(spec, layout=closed(spec, chosen))
 
 
@@ -259,6 +293,7 @@ def table(found: Plan) -> str:
     lines.append(f"carbon   {found.carbon_source or 'no intensity: give carbon.zone, carbon.series or another'}")
     if found.start:
         lines.append(found.start)
+    lines += [f"assumed  {text}" for text in found.assumed]
     return "\n".join(lines)
 
 

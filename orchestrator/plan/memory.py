@@ -6,6 +6,8 @@ changes what a layer saves changes `saved_bytes_per_layer`, or a test says so.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from model.config import ModelConfig
 from model.layout import Layout, stage_layers
@@ -81,7 +83,8 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     """Of a rank of the pipeline's rank `pp_rank`: the most of what it holds in the loss, and in the backward passes of the
     first, the second and the last layer."""
     microbatches = layout.accumulation_steps(batch_sequences)
-    layers = sum(map(len, stage_layers(model.n_layers, layout.pp, layout.virtual_stages)[pp_rank :: layout.pp]))
+    groups = tuple(map(len, stage_layers(model.n_layers, layout.pp, layout.virtual_stages)[pp_rank :: layout.pp]))
+    layers = sum(groups)
     first, last = pp_rank == 0, pp_rank == layout.pp - 1
     layer = matrix_parameters(model) / layout.tp + 2 * model.dim
     vocabulary = model.vocab_size * model.dim / layout.tp
@@ -100,22 +103,21 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     all_logits = tokens * model.vocab_size / layout.tp
     chunks = math.ceil(all_logits / CHUNK_LOGITS)  # whose products are summed in fp32 where there are several
     head = (tokens * (NORM_BYTES * d * residual + 2 * d) + (4 if chunks > 1 else 2) * vocabulary) if last else 0.0
-    in_flight = _in_flight(layout, microbatches, pp_rank)
-    boundaries = (
-        4 * tokens * d * residual * layout.virtual_stages if layout.pp > 1 else 0.0
-    )  # inputs and outputs of its stages
-    ahead = (
-        boundaries / layout.virtual_stages if layout.virtual_stages > 1 else 0.0
-    )  # what has arrived for the next group
+    moments = frozenset({Held(layers, 1, 1, True)})
+    if layout.pp > 1:
+        moments = _held_in_turn(groups, layout.pp, pp_rank, microbatches, layout.pipeline_schedule)
+    boundary = 4 * tokens * d * residual if layout.pp > 1 else 0.0  # input and output of a group
+    ahead = boundary if layout.virtual_stages > 1 else 0.0  # what has arrived for the next group
     zero_bubble = layout.pp > 1 and layout.pipeline_schedule == "zero_bubble"
-    activations = in_flight * (layers * saved + boundaries) + ahead + (in_flight if zero_bubble else 1.0) * head
-    # Of each microbatch whose weight gradients are put off (one more on each later rank), what they are computed from: the
-    # gradients of linear layers' and norms' outputs, and of the stage's own. The head's last one stays in bf16.
+    kept = {h: h.layers * saved + h.groups * boundary + h.heads * head + ahead for h in moments}
+    activations = max(kept.values())
+    # Of each pass of a group whose weight gradients are put off (one more on each later rank), what they are computed from: the
+    # gradients of linear layers' and norms' outputs, and of the group's own. The head's last one stays in bf16.
     put_off = of_each = 0.0
     if zero_bubble:
         outputs = 2 * (3 * d + 2 * (model.kv_dim + f) / layout.tp) + 8 * d * residual
-        of_each = tokens * (layers * outputs + (4 * last + 2 * layout.virtual_stages) * d * residual)
-        put_off = min(pp_rank, microbatches - 1) / layout.virtual_stages * of_each + 2 * vocabulary * last
+        of_each = tokens * (max(groups) * outputs + (4 * last + 2) * d * residual)
+        put_off = min(pp_rank, microbatches - 1) * of_each + 2 * vocabulary * last
 
     gathered = 0.0 if alone else 2 * parameters if layout.pp > 1 else 2 * (layer + ends)
     norm = NORM_BYTES * d * residual + 2 * d
@@ -142,9 +144,13 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
         )
     summed = 4 * (parameters if layout.pp > 1 else sharded)
     begin = put_off + (summed if several else 0.0)  # gradients, before the last backward pass
-    before = begin + activations - head + head_gradient + of_each * (pp_rank > 0)
+    before = (
+        begin
+        + max(kept[h] + h.at_loss * (head_gradient - head) for h in moments)
+        + of_each * (pp_rank > 0 or len(groups) > 1)
+    )
     working = max(
-        activations + begin + logits,
+        begin + max(kept[h] for h in moments if h.at_loss) + logits,
         before + feed,
         before - saved + reducing + feed,
         before - 2 * saved + attention_saved * (layout.recompute != "full") + reducing + own + attend,
@@ -162,15 +168,33 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     )
 
 
-def _in_flight(layout: Layout, microbatches: int, pp_rank: int) -> float:
-    """Microbatches whose activations a pipeline rank holds at once: 1F1B's warm-up and one more; interleaved, in groups of
-    layers (arXiv 2205.05198, section 4.2.3); zero bubble: as many on every rank as 1F1B on the first, as they wait for their
-    weight gradients (arXiv 2401.10241, ZB-H1)."""
-    if layout.pp == 1:
-        return 1.0
-    if layout.pipeline_schedule == "zero_bubble":
-        return float(min(microbatches, layout.pp))
-    if layout.virtual_stages == 1:
-        return float(min(microbatches, layout.pp - pp_rank))
-    groups = (layout.virtual_stages - 1) * layout.pp + 2 * (layout.pp - pp_rank - 1) + 1
-    return min(float(microbatches), groups / layout.virtual_stages)
+class Held(NamedTuple):
+    """What a pipeline rank holds after a forward pass for backward passes to come, each counted once for each microbatch."""
+
+    layers: int
+    groups: int
+    heads: int  # passes of its last group
+    at_loss: bool  # the pass was of that group: on the pipeline's last rank, the loss
+
+
+@lru_cache(maxsize=1 << 12)
+def _held_in_turn(layers: tuple[int, ...], pp: int, pp_rank: int, microbatches: int, schedule: str) -> frozenset[Held]:
+    """Of a pipeline rank with groups of so many `layers`.
+
+    Forward passes go through its groups a round of microbatches at a time, backward passes the other way round, the first one
+    after 1F1B's warm-up, interleaved (arXiv 2205.05198, section 4.2.3) or not. Zero bubble: a pass is held until its weight
+    gradients are done, one more pass later on each later rank (arXiv 2401.10241, ZB-H1).
+    """
+    last, zero_bubble = len(layers) - 1, schedule == "zero_bubble"
+    in_round = microbatches // max(1, microbatches // pp)
+    passes = microbatches * len(layers)
+    warm_up = last * in_round + (2 if last and not zero_bubble else 1) * (pp - 1 - pp_rank)
+    put_off = pp_rank if zero_bubble else 0
+    counts, found = [0] * len(layers), set()
+    for number in range(min(passes, warm_up + put_off + 1 + in_round * len(layers))):  # then it repeats
+        counts[group := number // in_round % len(layers)] += 1
+        if (done := number - warm_up - put_off - 1) >= 0:
+            counts[last - done // in_round % len(layers)] -= 1
+        in_layers = sum(count * size for count, size in zip(counts, layers, strict=True))
+        found.add(Held(in_layers, sum(counts), counts[last], group == last))
+    return frozenset(found)

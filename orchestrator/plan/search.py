@@ -13,8 +13,21 @@ from orchestrator.spec import RunSpec
 FEW_MICROBATCHES = (1, 2, 4, 8, 16)  # where degrees are open too
 
 
+def needed_gb(spec: RunSpec, layout: Layout) -> float:
+    return memory(spec.model, layout, spec.plan, spec.optim.batch_sequences).total_bytes / 1e9
+
+
 def fits(spec: RunSpec, layout: Layout) -> bool:
-    return memory(spec.model, layout, spec.plan, spec.optim.batch_sequences).total_bytes <= spec.gpu.memory_gb * 1e9
+    """Also on the fewest nodes with which cluster.min_nodes lets the run go on."""
+    return all(needed_gb(spec, size) <= spec.gpu.memory_gb for size in (layout, tightest(spec, layout)))
+
+
+def tightest(spec: RunSpec, layout: Layout) -> Layout:
+    """The layout that the run shrinks to in which each rank has most to hold; `layout` itself where it does not shrink."""
+    cluster, batch = spec.cluster, spec.optim.batch_sequences
+    sizes = shrink.smaller(cluster, layout, batch, cluster.nodes) if cluster.min_nodes else []
+    shrunk = [shrink.shrunk(layout, nodes * cluster.gpus_per_node, batch) for nodes in sizes]
+    return min((layout, *shrunk), key=lambda size: (size.dp_shard, size.dp))
 
 
 def closed(spec: RunSpec, layout: Layout) -> Layout:

@@ -24,6 +24,12 @@ LAYOUTS = {
     "optim.batch_sequences=8 layout.recompute=selective",
     "fsdp x interleaved pp": f"{SMALL} layout.dp_shard=2 layout.pp=2 layout.virtual_stages=2 "
     "layout.pipeline_schedule=interleaved_1f1b layout.microbatch_sequences=2 cluster.gpus_per_node=4 optim.batch_sequences=16",
+    "pp, uneven stages": f"{SMALL} model.n_layers=6 layout.pp=4 layout.microbatch_sequences=2 cluster.gpus_per_node=4 "
+    "optim.batch_sequences=16",
+    "interleaved pp, the first rank's groups fuller": f"{SMALL} model.n_layers=10 layout.pp=4 layout.virtual_stages=2 "
+    "layout.pipeline_schedule=interleaved_1f1b layout.microbatch_sequences=2 cluster.gpus_per_node=4 optim.batch_sequences=16",
+    "interleaved pp, first groups fuller": f"{SMALL} model.n_layers=8 layout.pp=2 layout.virtual_stages=3 "
+    "layout.pipeline_schedule=interleaved_1f1b layout.microbatch_sequences=2 cluster.gpus_per_node=2 optim.batch_sequences=16",
     "zero bubble, 2 stages": f"{SMALL} layout.pp=2 layout.pipeline_schedule=zero_bubble layout.microbatch_sequences=2 "
     "cluster.gpus_per_node=2 optim.batch_sequences=16",
     "zero bubble, 4 stages": f"{SMALL} layout.pp=4 layout.pipeline_schedule=zero_bubble layout.microbatch_sequences=2 "

@@ -209,6 +209,35 @@ def test_async_tp_leaves_the_first_piece_and_what_is_longer_than_the_products() 
     assert exposed_s(0.0, 10.0, 1, later) == 0.0
 
 
+TP_ON_H100 = "experiment=llama_65b gpu=h100"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", []),
+        ("plan.async_tp=true", ["plan.async_tp=true: the trainer overlaps"]),
+        ("plan.async_tp=true compile=on", []),
+        ("compile=on", ["plan.async_tp=false: with compile=on"]),
+        ("compile=on gpu=a100_80gb", []),
+        (
+            "plan.async_tp=true layout.tp=1 layout.dp_shard=512 layout.microbatch_sequences=1 gpu.memory_gb=999",
+            ["plan.async_tp=true: without effect, layout.tp is 1"],
+        ),
+        ("plan.recompute_alternate=true", ["plan.recompute_alternate=true: the trainer's selective"]),
+        ("plan.recompute_alternate=true layout.recompute=full", ["plan.recompute_alternate=true: without effect"]),
+        ("plan.gradient_bytes=2 plan.attention=unfused", ["plan.attention=unfused", "plan.gradient_bytes=2"]),
+    ],
+)
+def test_what_the_forecast_counts_otherwise_than_the_trainer_trains_is_told(words: str, told: list[str]) -> None:
+    spec = specs.compose([*TP_ON_H100.split(), *words.split()])
+    found = forecast.plan(spec, now_s=0.0)
+    assert len(found.assumed) == len(told)
+    for line, start in zip(found.assumed, told, strict=True):
+        assert line.startswith(start)
+        assert f"assumed  {line}" in forecast.table(found)
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_what_async_tp_hides_slows_the_products(recompute: str) -> None:
     node = ("cluster.nodes=1", "layout.dp_shard=1", "layout.dp_replicate=1", "optim.batch_sequences=8")
@@ -225,6 +254,28 @@ def test_what_async_tp_hides_slows_the_products(recompute: str) -> None:
     assert without.recompute_s - with_it.recompute_s == pytest.approx(again, rel=1e-6, abs=1e-9)
     parts = {k: v for k, v in asdict(with_it).items() if k.endswith("_s") and k not in ("step_s", "tokens_per_s")}
     assert sum(parts.values()) == pytest.approx(with_it.step_s, rel=1e-9)
+
+
+def test_what_fits_must_fit_on_the_fewest_nodes_too_that_the_run_may_shrink_to() -> None:
+    sharded = [
+        "experiment=llama_65b",
+        "layout.dp_shard=256",
+        "layout.dp_replicate=1",
+        "layout.recompute=full",
+        "gpu.memory_gb=14",
+    ]
+    assert forecast.planned_layout(specs.compose(sharded)).gpus == 2048
+    assert forecast.planned_layout(specs.compose([*sharded, "cluster.min_nodes=64"])).gpus == 2048
+    with pytest.raises(
+        UserError, match=r"needs [\d.]+ GB on 8 nodes, which cluster.min_nodes=8 allows, and a a100_80gb has 14 GB"
+    ):
+        forecast.planned_layout(specs.compose([*sharded, "cluster.min_nodes=8"]))
+    chosen = forecast.resolved(specs.compose([*sharded[:3], "layout.recompute=auto", "gpu.memory_gb=45"])).layout
+    careful = ["layout.recompute=auto", "gpu.memory_gb=45", "cluster.min_nodes=8"]
+    assert (chosen.recompute, forecast.resolved(specs.compose([*sharded[:3], *careful])).layout.recompute) == (
+        "selective",
+        "full",
+    )
 
 
 def test_recompute_auto_is_the_least_that_fits() -> None:
