@@ -128,6 +128,7 @@ def sample(run_dir: Path, attempt: int, watch_pid: int | None, sample_s: float) 
     tracker.start()
     if not ticks:  # codecarbon swallows what goes wrong at its start
         print("codecarbon measured nothing: no energy of this node is recorded", flush=True)
+        _unlock(lock)
         return 1
     watched = None
     if watch_pid is not None:
@@ -140,7 +141,7 @@ def sample(run_dir: Path, attempt: int, watch_pid: int | None, sample_s: float) 
             break
     tracker.stop()  # measures once more, so that the last stretch is counted
     writer.close()
-    lock.close()
+    _unlock(lock)
     return 0
 
 
@@ -242,13 +243,25 @@ def _gpu_uuids(hardware: Sequence[Any]) -> list[str]:
 def _lock(run_dir: Path, attempt: int, node: str) -> Any | None:
     """Held while this process lives, on the node's own disk: flock on a network's disk is not to be trusted."""
     name = hashlib.sha256(f"{run_dir.resolve()} {attempt} {node}".encode()).hexdigest()[:16]
-    file = (Path(tempfile.gettempdir()) / f"arriero-energy-{os.getuid()}-{name}.lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    path = Path(tempfile.gettempdir()) / f"arriero-energy-{os.getuid()}-{name}.lock"
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # between open and flock its last holder went, and took the file with it
+
+
+def _unlock(lock: Any) -> None:
+    Path(lock.name).unlink(missing_ok=True)
+    lock.close()
 
 
 def _alive(process: Any) -> bool:

@@ -1,6 +1,7 @@
 """A local disk that fails where a test says, and ranks as real processes that can be killed. Used by test_checkpoint_*."""
 
 import errno
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -150,6 +151,7 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any
 
 
 def _rank(function: Callable[..., Any], rank: int, world: int, meeting: str, send: Any, args: tuple[Any, ...]) -> None:
+    faulthandler.enable()  # a rank that a signal ends tells where
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)

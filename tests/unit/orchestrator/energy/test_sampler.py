@@ -1,8 +1,10 @@
 """What the sampler reads, and whose it is."""
 
+import fcntl
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -99,11 +101,33 @@ def test_a_second_sampler_of_a_node_and_attempt_finds_the_lock_taken(tmp_path: P
     assert sampler._lock(tmp_path, 1, "n1") is None
     other = sampler._lock(tmp_path, 2, "n1")
     assert other is not None
-    first.close()
+    sampler._unlock(first)
+    assert not Path(first.name).exists()
     again = sampler._lock(tmp_path, 1, "n1")
     assert again is not None
-    other.close()
-    again.close()
+    sampler._unlock(other)
+    sampler._unlock(again)
+
+
+def test_a_lock_that_its_last_holder_removes_while_it_is_taken_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = sampler._lock(tmp_path, 1, "n1")
+    assert last is not None
+    flock, asked = fcntl.flock, []
+
+    def as_the_last_one_goes(file: Any, how: int) -> None:
+        if not asked:
+            sampler._unlock(last)
+        asked.append(file.fileno())
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", as_the_last_one_goes)
+    lock = sampler._lock(tmp_path, 1, "n1")
+    assert len(asked) == 2
+    assert lock is not None
+    assert sampler._lock(tmp_path, 1, "n1") is None  # not a file of its own beside it
+    sampler._unlock(lock)
 
 
 def test_sacct_rows_add_up_over_requeues_and_count_once():
