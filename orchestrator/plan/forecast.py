@@ -238,14 +238,14 @@ def sentence(found: Plan) -> str:
 
 
 def resolved(spec: RunSpec) -> RunSpec:
-    """The run with its layout chosen among those the trainer can run, where `layout=auto` left it open, and with the least
-    recomputation that fits the GPU's memory, where `layout.recompute=auto` did."""
+    """The run with the layout that `plan` shows, where `layout=auto` left it open, and with the least recomputation that fits
+    the GPU's memory, where `layout.recompute=auto` did."""
     if not spec.layout.is_open:
         return replace(spec, layout=closed(spec, spec.layout))
-    want = replace(spec.layout, tp=spec.layout.tp or 1, pp=spec.layout.pp or 1, cp=spec.layout.cp or 1)
     if is_calibrated(spec):
-        return replace(spec, layout=best(replace(spec, layout=want)))
+        return replace(spec, layout=best(spec))
     # Nothing is known of this hardware: share over all ranks, and as many rows at a time as go, up to 8.
+    want = replace(spec.layout, tp=spec.layout.tp or 1, pp=spec.layout.pp or 1, cp=spec.layout.cp or 1)
     rows = spec.optim.batch_sequences
     dp = spec.cluster.gpus // (want.tp * want.pp * want.cp)
     shard = want.dp_shard or dp // (want.dp_replicate or 1)

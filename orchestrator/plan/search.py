@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from model.layout import MICROBATCHES, Layout
 from orchestrator import shrink
@@ -61,9 +62,10 @@ def best(spec: RunSpec) -> Layout:
     if not found and not spec.layout.has_open_degrees:
         return closed(spec, replace(spec.layout, microbatch_sequences=1))
     if not found:
-        kept = [
-            f"layout.{n}={v}" for n in ("tp", "pp", "cp", "dp_shard", "dp_replicate") if (v := getattr(spec.layout, n))
-        ]
+        want = spec.layout
+        kept = [f"layout.{n}={v}" for n in ("tp", "pp", "cp", "dp_shard", "dp_replicate") if (v := getattr(want, n))]
+        kept += [f"layout.virtual_stages={want.virtual_stages}"] if want.virtual_stages > 1 else []
+        kept += ["layout.pipeline_schedule=zero_bubble"] if want.pipeline_schedule == "zero_bubble" else []
         if kept and next(_candidates(spec), None) is None:
             raise UserError(
                 f"no layout of {spec.cluster.gpus} GPUs for model={spec.model.name} and "
@@ -100,37 +102,44 @@ def _candidates(spec: RunSpec) -> Iterator[Layout]:
     if not want.has_open_degrees:
         yield from with_rows(spec, want)
         return
-    for tp in [want.tp] if want.tp else _divisors(spec.cluster.gpus_per_node):
-        for pp in [want.pp] if want.pp else [d for d in _divisors(gpus // tp) if d <= min(layers, 64)]:
-            for cp in [want.cp] if want.cp else [1, 2, 4, 8, 16]:
-                if spec.model.sequence_length // cp < 4096 and cp > 1 and not want.cp:
-                    continue  # shorter pieces only send more
-                if gpus % (tp * pp * cp):
-                    continue
-                dp = gpus // (tp * pp * cp)
-                if want.dp_shard:
-                    shards = [want.dp_shard]
-                elif want.dp_replicate:
-                    shards = [dp // want.dp_replicate]
-                else:
-                    shards = [d for d in _divisors(dp) if d in (1, dp) or d & (d - 1) == 0]
-                for shard in shards:
-                    if shard < 1 or dp % shard:
-                        continue
-                    for rows in [want.microbatch_sequences] if want.microbatch_sequences else FEW_MICROBATCHES:
-                        # Even groups only: what uneven ones wait for each other, the forecast does not know.
-                        groups = [v for v in range(1, 9) if layers % (pp * v) == 0] if pp > 1 else [1]
-                        for virtual in groups or [1]:
-                            layout = replace(
-                                want, dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp, cp=cp,
-                                microbatch_sequences=rows, virtual_stages=virtual,
-                                pipeline_schedule="interleaved_1f1b" if virtual > 1 else "1f1b",
-                            )  # fmt: skip
-                            if not (
-                                layout.problems(spec.model, batch, gpus, cluster.gpus_per_node)
-                                or shrink.problems(cluster, layout, batch)
-                            ):
-                                yield layout
+    degrees = product(
+        [want.tp] if want.tp else _divisors(cluster.gpus_per_node),
+        [want.pp] if want.pp else [d for d in _divisors(gpus) if d <= min(layers, 64)],
+        # Shorter pieces of a row only send more.
+        [want.cp] if want.cp else [c for c in (1, 2, 4, 8, 16) if c == 1 or spec.model.sequence_length // c >= 4096],
+    )
+    zero_bubble = want.pipeline_schedule == "zero_bubble"
+    for tp, pp, cp in degrees:
+        if gpus % (tp * pp * cp) or (zero_bubble and pp == 1):
+            continue
+        dp = gpus // (tp * pp * cp)
+        groups = [want.virtual_stages]
+        if want.virtual_stages == 1 and pp > 1 and not zero_bubble:
+            # Even groups only: what uneven ones wait for each other, the forecast does not know.
+            groups = [v for v in range(1, 9) if layers % (pp * v) == 0] or [1]
+        rows_at_a_time = [want.microbatch_sequences] if want.microbatch_sequences else FEW_MICROBATCHES
+        for shard, rows, virtual in product(_shards(want, dp), rows_at_a_time, groups):
+            layout = replace(
+                want, dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp, cp=cp,
+                microbatch_sequences=rows, virtual_stages=virtual,
+                pipeline_schedule="zero_bubble" if zero_bubble else "interleaved_1f1b" if virtual > 1 else "1f1b",
+            )  # fmt: skip
+            if not (
+                layout.problems(spec.model, batch, gpus, cluster.gpus_per_node)
+                or shrink.problems(cluster, layout, batch)
+            ):
+                yield layout
+
+
+def _shards(want: Layout, dp: int) -> list[int]:
+    """Over how many of `dp` ranks a copy of the parameters may be shared."""
+    if want.dp_shard:
+        shards = [want.dp_shard]
+    elif want.dp_replicate:
+        shards = [dp // want.dp_replicate]
+    else:
+        shards = [d for d in _divisors(dp) if d in (1, dp) or d & (d - 1) == 0]
+    return [shard for shard in shards if shard and dp % shard == 0 and want.dp_replicate in (0, dp // shard)]
 
 
 def nearest(spec: RunSpec, layout: Layout, count: int = 3) -> list[str]:
@@ -140,7 +149,8 @@ def nearest(spec: RunSpec, layout: Layout, count: int = 3) -> list[str]:
         "virtual_stages",
     )  # fmt: skip
     open_spec = replace(spec, layout=replace(
-        layout, dp_replicate=0, dp_shard=0, tp=0, pp=0, cp=0, microbatch_sequences=0, recompute="auto"
+        layout, dp_replicate=0, dp_shard=0, tp=0, pp=0, cp=0, microbatch_sequences=0, recompute="auto",
+        pipeline_schedule="1f1b", virtual_stages=1,
     ))  # fmt: skip
     found = [other for _, other in layouts(open_spec)]
     found.sort(key=lambda o: sum(getattr(o, n) != getattr(layout, n) for n in names))

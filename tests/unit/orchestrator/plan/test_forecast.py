@@ -8,6 +8,7 @@ from dataclasses import asdict
 import published
 import pytest
 
+from model.layout import Layout
 from orchestrator import spec as specs
 from orchestrator.errors import UserError
 from orchestrator.plan import forecast
@@ -117,8 +118,24 @@ def test_layout_auto_is_at_least_as_fast_as_the_written_one_and_keeps_what_is_se
     chosen = forecast.plan(specs.compose(["experiment=llama_65b", "layout=auto"]), NOW_S)
     assert chosen.step.step_s <= written.step.step_s
     assert chosen.layout.gpus == 2048
+    assert chosen.layout.pp > 1
+    launched = forecast.resolved(specs.compose(["experiment=llama_65b", "layout=auto"])).layout
+    assert launched == chosen.layout
     kept = forecast.plan(specs.compose(["experiment=llama_65b", "layout=auto", "layout.tp=8", "layout.pp=1"]), NOW_S)
     assert (kept.layout.tp, kept.layout.pp) == (8, 1)
+
+    def of_7b(*words: str) -> Layout:
+        return forecast.resolved(specs.compose(["experiment=llama_7b", "layout=auto", *words])).layout
+
+    both = of_7b("layout.dp_shard=8", "layout.dp_replicate=2")
+    assert (both.dp_shard, both.dp_replicate, both.gpus) == (8, 2, 2048)
+    bubbles = of_7b("layout.pipeline_schedule=zero_bubble")
+    assert (bubbles.pipeline_schedule, bubbles.virtual_stages, bubbles.recompute) == ("zero_bubble", 1, "none")
+    assert bubbles.pp > 1
+    interleaved = of_7b("layout.virtual_stages=4")
+    assert (interleaved.pipeline_schedule, interleaved.virtual_stages) == ("interleaved_1f1b", 4)
+    with pytest.raises(UserError, match=r"has layout.pp=1 layout.virtual_stages=4: leave them to layout=auto"):
+        of_7b("layout.virtual_stages=4", "layout.pp=1")
 
 
 @pytest.mark.parametrize("gpu", ["a100_80gb", "h100", "h200", "b200", "mi300x"])
