@@ -23,6 +23,28 @@ class GpuConfig:
     cores: int | None = None  # streaming multiprocessors or compute units: a matrix product runs in waves of them
     usd_per_hour: list[float] | None = None  # of one GPU, rented: low, central, high
 
+    def problems(self) -> list[str]:
+        found = []
+        for name in (
+            "peak_bf16_tflops",
+            "memory_gb",
+            "memory_gb_per_s",
+            "intra_node_gb_per_s",
+            "inter_node_gb_per_s",
+            "watts",
+        ):
+            if getattr(self, name) <= 0:
+                found.append(f"gpu.{name}={getattr(self, name)} must be above 0")
+        for name in ("matmul_fraction", "attention_fraction"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+                found.append(f"gpu.{name}={value} is a part of gpu.peak_bf16_tflops: above 0, at most 1, or null")
+        if self.cores is not None and self.cores < 1:
+            found.append(f"gpu.cores={self.cores} must be at least 1, or null")
+        usd = self.usd_per_hour
+        if usd is not None and (len(usd) != 3 or sorted(usd) != list(usd) or usd[0] < 0):
+            found.append(f"gpu.usd_per_hour={list(usd)} must be three numbers from 0 up, [low,central,high], or null")
+        return found
+
 
 def parameter_count(model: ModelConfig) -> int:
     """All parameters: embedding and untied output, and per layer 2 dim^2 + 2 dim kv_dim + 3 dim ffn_dim + 2 dim; a final norm."""

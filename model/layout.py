@@ -19,7 +19,7 @@ class Layout:
     dp_shard: int = 1  # FSDP2: ranks that share one copy of parameters, gradients and optimizer state
     tp: int = 1  # tensor (with sequence) parallel ranks
     pp: int = 1  # pipeline stages
-    cp: int = 1  # context parallel ranks (CUDA only)
+    cp: int = 1  # context parallel ranks
     microbatch_sequences: int = 1  # rows that one data-parallel rank computes at a time; 0: for the plan to choose
     recompute: str = "none"  # in the backward pass: none | selective (the paper's) | full | auto: the least that fits
     pipeline_schedule: str = "1f1b"
@@ -53,7 +53,7 @@ class Layout:
         degrees = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "microbatch_sequences", "virtual_stages")
         found = [f"layout.{d}={getattr(self, d)} must be at least 1" for d in degrees if getattr(self, d) < 1]
         if self.is_open:
-            found = [f for f in found if "=0 " not in f]
+            found = [f for f in found if "=0 " not in f or "virtual_stages" in f]
         if self.recompute not in RECOMPUTE:
             found.append(f"layout.recompute={self.recompute} is none of {', '.join(RECOMPUTE)}")
         if self.pipeline_schedule not in PIPELINE_SCHEDULES:
@@ -102,6 +102,11 @@ class Layout:
                 f"layout.tp={self.tp} is wider than a node of {gpus_per_node} GPUs: tensor parallelism needs the "
                 f"node's own links, set layout.tp<={gpus_per_node}"
             )
+        elif gpus > gpus_per_node and gpus_per_node % self.tp:
+            found.append(
+                f"layout.tp={self.tp} does not divide cluster.gpus_per_node={gpus_per_node}: some tensor parallel ranks would "
+                f"be on two nodes, choose a divisor of {gpus_per_node}"
+            )
         shares = self.tp * self.cp * (2 if self.cp > 1 else 1)  # context parallel ranks have two chunks of a row each
         if self.cp > 1 and model.sequence_length % shares:
             found.append(
@@ -124,22 +129,30 @@ class Layout:
                 f"layout.recompute={self.recompute} with layout.pipeline_schedule=zero_bubble: its backward pass goes over "
                 f"each layer twice, which recomputation forbids: set layout.recompute=none, or another schedule"
             )
+        if self.pp == 1 and self.pipeline_schedule != "1f1b":
+            found.append(
+                f"layout.pipeline_schedule={self.pipeline_schedule} with layout.pp=1, which is no pipeline: set layout.pp>1, or "
+                f"layout.pipeline_schedule=1f1b"
+            )
+        return found + self.batch_problems(batch_sequences)
+
+    def batch_problems(self, batch_sequences: int) -> list[str]:
+        """Why the batch does not divide among the data-parallel ranks, or is too small or uneven for the pipeline."""
         rows = self.dp * self.microbatch_sequences
         if batch_sequences % rows:
-            found.append(
+            return [
                 f"optim.batch_sequences={batch_sequences} does not divide into dp {self.dp} x "
                 f"layout.microbatch_sequences={self.microbatch_sequences} = {rows} rows: "
                 f"set optim.batch_sequences={max(1, round(batch_sequences / rows)) * rows}"
-            )
-        elif self.pp > 1:
-            microbatches = batch_sequences // rows
-            rounds = max(1, microbatches // self.pp)
-            if microbatches < self.pp or (self.pipeline_schedule != "1f1b" and microbatches % rounds):
-                found.append(
-                    f"optim.batch_sequences={batch_sequences} makes {microbatches} microbatches for layout.pp={self.pp} "
-                    f"stages: set optim.batch_sequences={rounds * self.pp * rows}"
-                )
-        return found
+            ]
+        microbatches = batch_sequences // rows
+        rounds = max(1, microbatches // self.pp)
+        if microbatches < self.pp or (self.pipeline_schedule != "1f1b" and microbatches % rounds):
+            return [
+                f"optim.batch_sequences={batch_sequences} makes {microbatches} microbatches for layout.pp={self.pp} "
+                f"stages: set optim.batch_sequences={rounds * self.pp * rows}"
+            ]
+        return []
 
 
 def stage_layers(n_layers: int, pp: int, virtual_stages: int = 1) -> list[range]:

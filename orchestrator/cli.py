@@ -501,6 +501,8 @@ def _simulate(args: argparse.Namespace) -> int:
 
     if args.picture and not args.picture.parent.is_dir():
         raise UserError(f"--picture {args.picture}: the folder {args.picture.parent} does not exist")
+    if args.picture and args.picture.is_dir():
+        raise UserError(f"--picture {args.picture} is a folder: give a file in it, such as {args.picture / 'ettr.svg'}")
     found = simulate(spec.compose(args.overrides, args.config_dir), args.seeds)
     if args.picture:
         args.picture.write_text(found.picture(), encoding="utf-8")

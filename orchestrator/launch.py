@@ -68,7 +68,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         raise UserError("\n".join(missing))
     run_dir = RunDir(spec.run_dir.resolve())
     if dry_run:
-        return _dry_run(spec, run_dir, _greenest(spec, _forecast(spec)))
+        return _dry_run(spec, run_dir, greenest(spec, forecast_of(spec)))
     if is_finished(run_dir) and not _changed(run_dir, spec):
         console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
         _print_summary(console, spec, run_dir)
@@ -89,17 +89,16 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         )
     if asked != spec.layout:
         console.print(f"layout chosen      {forecast.layout_sentence(spec.layout)}")
-    expected = _forecast(spec)
-    start = _greenest(spec, expected)
+    expected = forecast_of(spec)
+    start = greenest(spec, expected)
     write_run_dir(spec, run_dir, overrides)
     if expected is None:
-        console.print(f"no forecast        gpu={spec.gpu.name} is not calibrated (docs/plan.md)")
+        console.print(f"no forecast        {forecast.why_no_forecast(spec)} (docs/plan.md)")
     else:
         console.print(forecast.sentence(expected))
         for text in expected.assumed:
             console.print(f"assumed            {text}")
-        if not run_dir.plan.exists():  # a run is graded by what was expected at its first start
-            _write(run_dir.plan, json.dumps(forecast.figures_json(expected), indent=1) + "\n")
+        write_plan(run_dir, expected)
     prepared = _prepare(console, spec)
     run_dir.data.write_text(f"{prepared.root.resolve()}\n")
     _print_mix(console, spec, prepared)
@@ -132,9 +131,14 @@ def _request(spec: RunSpec, run_dir: RunDir, start: Start | None, dry_run: bool 
         run_dir=str(run_dir.root),
         cluster=spec.cluster,
         code=str(code) if code else None,
-        begin=f"now+{max(0, round(start.start_s - time.time()))}seconds" if start else None,
+        begin=begin(start),
         exclude=tuple(excluded(run_dir.lemons)),
     )
+
+
+def begin(start: Start | None) -> str | None:
+    """As sbatch --begin takes it."""
+    return f"now+{max(0, round(start.start_s - time.time()))}seconds" if start else None
 
 
 def _dry_run(spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:
@@ -149,11 +153,18 @@ def _dry_run(spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:
     return 0
 
 
-def _forecast(spec: RunSpec) -> forecast.Plan | None:
-    return forecast.plan(spec, time.time()) if forecast.is_calibrated(spec) else None
+def forecast_of(spec: RunSpec) -> forecast.Plan | None:
+    """None where there is none. Raises UserError where the run cannot fit or never ends."""
+    return None if forecast.why_no_forecast(spec) else forecast.plan(spec, time.time())
 
 
-def _greenest(spec: RunSpec, expected: forecast.Plan | None) -> Start | None:
+def write_plan(run_dir: RunDir, expected: forecast.Plan) -> None:
+    """A run is graded by what was expected at its first start."""
+    if not run_dir.plan.exists() or not any(e.kind == "started" for e in read_events(run_dir.events)):
+        _write(run_dir.plan, json.dumps(forecast.figures_json(expected), indent=1) + "\n")
+
+
+def greenest(spec: RunSpec, expected: forecast.Plan | None) -> Start | None:
     """When a run with carbon.start=greenest begins; None for one that begins at once. Raises UserError."""
     config = spec.carbon
     if config.start != "greenest":
@@ -166,7 +177,7 @@ def _greenest(spec: RunSpec, expected: forecast.Plan | None) -> Start | None:
     hours = config.duration_h or (expected.figures["hours"].central if expected else None)
     if hours is None:
         raise UserError(
-            f"carbon.start=greenest must know how long the run takes, and gpu={spec.gpu.name} is not calibrated for a forecast: "
+            f"carbon.start=greenest must know how long the run takes, and {forecast.why_no_forecast(spec)} for a forecast: "
             "set carbon.duration_h"
         )
     assert config.series

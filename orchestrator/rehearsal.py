@@ -21,6 +21,7 @@ from rich.table import Table
 from orchestrator import spec as specs
 from orchestrator.console import plain_console
 from orchestrator.errors import UserError
+from orchestrator.plan import forecast
 from orchestrator.record import Event, read_events
 from orchestrator.rehearse_rank import AXES, coordinates
 from orchestrator.run_dir import RunDir
@@ -60,6 +61,7 @@ def rehearse(spec: RunSpec, as_json: bool) -> int:
         )
     if spec.cluster.nodes + _SPARE_NODES > 999:
         raise UserError(f"cluster.nodes={spec.cluster.nodes}: a rehearsal takes at most {999 - _SPARE_NODES}")
+    spec = forecast.resolved(spec)
     console = plain_console(quiet=as_json)
     dropped = [f"cluster.{n}={v}" for n in _SITES_OWN if (v := getattr(spec.cluster, n))]
     dropped += [f"cluster.sbatch.{k}={v}" for k, v in spec.cluster.sbatch.items()]

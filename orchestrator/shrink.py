@@ -17,14 +17,11 @@ def shrunk(layout: Layout, gpus: int, batch_sequences: int) -> Layout:
     if gpus < rest or gpus % rest:
         raise ValueError(f"{gpus} GPUs do not divide by tp {layout.tp} x pp {layout.pp} x cp {layout.cp} = {rest}")
     dp = gpus // rest
-    rows = dp * layout.microbatch_sequences
-    if batch_sequences % rows:
-        raise ValueError(
-            f"optim.batch_sequences={batch_sequences} does not divide into dp {dp} x layout.microbatch_sequences="
-            f"{layout.microbatch_sequences} = {rows} rows"
-        )
     dp_shard = layout.dp_shard if dp % layout.dp_shard == 0 else dp
-    return replace(layout, dp_shard=dp_shard, dp_replicate=dp // dp_shard)
+    smaller = replace(layout, dp_shard=dp_shard, dp_replicate=dp // dp_shard)
+    if wrong := smaller.batch_problems(batch_sequences):
+        raise ValueError(wrong[0])
+    return smaller
 
 
 def nodes_to_use(cluster: ClusterConfig, layout: Layout, batch_sequences: int, fit: int) -> int | None:

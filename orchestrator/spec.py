@@ -1,8 +1,9 @@
 """The whole configuration of a run: composes every section with Hydra and checks across them before anything is done."""
 
 import copy
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -69,13 +70,10 @@ class RunSpec:
 
     def problems(self) -> list[str]:
         """Every combination that cannot be, all at once."""
+        if found := [f"{name}={value} must be a finite number" for name, value in _not_finite(asdict(self))]:
+            return found
         found = [
-            p
-            for p in (
-                f"{f}={getattr(self, f)} must be at least 1"
-                for f in ("steps", "eval_every_steps")
-                if getattr(self, f) < 1
-            )
+            f"{f}={getattr(self, f)} must be at least 1" for f in ("steps", "eval_every_steps") if getattr(self, f) < 1
         ]
         if self.precision not in ("auto", "bf16", "fp32"):
             found.append(f"precision={self.precision} is none of auto, bf16, fp32")
@@ -86,6 +84,7 @@ class RunSpec:
             self.data,
             self.optim,
             self.cluster,
+            self.gpu,
             self.checkpoint,
             self.spikes,
             self.carbon,
@@ -105,6 +104,18 @@ class RunSpec:
                 f"optim.warmup_steps={self.optim.warmup_steps} leaves no step of steps={self.steps} to train: lower it"
             )
         return found
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Where .nan and .inf are, which no comparison with a limit finds."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _not_finite(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _not_finite(inner, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, value
 
 
 ConfigStore.instance().store("schema", RunSpec)

@@ -9,21 +9,24 @@ submitted a second time.
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from orchestrator import launch as launching
 from orchestrator.console import plain_console
+from orchestrator.energy.carbon import Start
 from orchestrator.errors import UserError
 from orchestrator.plan import forecast
+from orchestrator.plan.forecast import Plan
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.snapshot import snapshot
 from orchestrator.spec import RunSpec
 from orchestrator.spikes.watch import stopped_for_a_person
 from slurm import queue
-from slurm.request import ArrayRequest, CannotSubmit, ClusterConfig, JobRequest
+from slurm.lemons import excluded
+from slurm.request import ArrayRequest, CannotSubmit, JobRequest
 from slurm.submit import array_of, find, only_one, sbatch_settled, submit_array
 
 _LOOK_S = 2.0  # between two looks at the queue, waiting
@@ -48,6 +51,8 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
             "squeue does not answer, so nobody can tell which points are queued already: try again later"
         )
     fresh: list[tuple[_Point, RunSpec]] = []
+    expected: dict[str, Plan | None] = {}  # by the run's name
+    starts: dict[str, Start | None] = {}
     for point, spec in todo:
         run_dir = RunDir(spec.run_dir)
         if point.directory in live or _submitted_alone(run_dir.submission):
@@ -58,12 +63,19 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
         if why := stopped_for_a_person(read_events(run_dir.events), spec.spikes):
             print(f"{point.directory}: stopped for a person to look at it: {why.splitlines()[0]}; not submitted")
             continue
+        try:
+            expected[spec.name] = launching.forecast_of(spec)
+            starts[spec.name] = launching.greenest(spec, expected[spec.name])
+        except UserError as error:
+            raise UserError(f"{point.directory}: {error}") from None
         fresh.append((point, spec))
     print(f"{len(todo) - len(fresh)} queued or running already (or stopped for a person), {len(fresh)} to submit")
     prepared: dict[str, Path] = {}
     for point, spec in fresh:
         run_dir = RunDir(spec.run_dir)
         launching.write_run_dir(spec, run_dir, point.overrides)
+        if (plan := expected[spec.name]) is not None:
+            launching.write_plan(run_dir, plan)
         if (key := str(spec.data)) not in prepared:
             prepared[key] = launching._prepare(console, spec).root.resolve()
         run_dir.data.write_text(f"{prepared[key]}\n")
@@ -73,12 +85,18 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
                 events.write(Event(time_utc=utc_now(), kind="resumed_by_hand", step=0, detail="submitted again"))
     code = str(snapshot(root / "code"))
     largest = queue.max_array_size()
-    arrays = [(c, runs[i : i + largest]) for c, runs in _by_cluster(fresh) for i in range(0, len(runs), largest)]
+    arrays = [
+        (runs[i : i + largest], start)
+        for runs, start in _alike([spec for _, spec in fresh], starts)
+        for i in range(0, len(runs), largest)
+    ]
     limit = max(1, limit_parallel // len(arrays)) if limit_parallel and arrays else None
-    for cluster, part in arrays:
-        job_id = _submit(root, part, cluster, code, limit)
+    for part, start in arrays:
+        job_id = _submit(root, part, start, code, limit)
         at_once = f", {limit} at a time" if limit else ""
-        print(f"job array {job_id}: {len(part)} points on {cluster.name}{at_once}")
+        print(f"job array {job_id}: {len(part)} points on {part[0].cluster.name}{at_once}")
+        if start is not None:
+            print(start.describe_share())
 
 
 def _submitted_alone(journal: Path) -> bool:
@@ -86,15 +104,17 @@ def _submitted_alone(journal: Path) -> bool:
     return journal.exists() and "." not in json.loads(journal.read_text())["token"] and find(journal) is not None
 
 
-def _by_cluster(fresh: Sequence[tuple[_Point, RunSpec]]) -> list[tuple[ClusterConfig, list[RunSpec]]]:
-    """An array's tasks all ask for the same."""
-    found: dict[str, tuple[ClusterConfig, list[RunSpec]]] = {}
-    for _, spec in fresh:
-        found.setdefault(str(spec.cluster), (spec.cluster, []))[1].append(spec)
+def _alike(runs: Sequence[RunSpec], starts: Mapping[str, Start | None]) -> list[tuple[list[RunSpec], Start | None]]:
+    """An array's tasks all ask for the same, and begin together."""
+    found: dict[str, tuple[list[RunSpec], Start | None]] = {}
+    for run in runs:
+        start = starts[run.name]
+        found.setdefault(f"{run.cluster} {start and start.start_s}", ([], start))[0].append(run)
     return list(found.values())
 
 
-def _submit(root: Path, runs: Sequence[RunSpec], cluster: ClusterConfig, code: str, limit: int | None) -> str:
+def _submit(root: Path, runs: Sequence[RunSpec], start: Start | None, code: str, limit: int | None) -> str:
+    """Of runs with one cluster."""
     token = uuid.uuid4().hex
     folder = root / "submissions"
     folder.mkdir(exist_ok=True)
@@ -105,9 +125,11 @@ def _submit(root: Path, runs: Sequence[RunSpec], cluster: ClusterConfig, code: s
         name=root.name,
         entry=launching.WORKER,
         run_dir=str(root),
-        cluster=cluster,
+        cluster=runs[0].cluster,
         code=code,
         token=token,
+        begin=launching.begin(start),
+        exclude=tuple(excluded(RunDir(runs[0].run_dir).lemons)),
         array=ArrayRequest(run_dirs=str(lines), count=len(runs), limit_parallel=limit),
     )
     with only_one(folder / f"{token}.lock") as lock:

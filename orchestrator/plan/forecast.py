@@ -9,9 +9,10 @@ from dashboards.carbon import Range
 from model.checkpoint.policy import AUTO, Interval, best_interval
 from model.cost import parameter_count
 from model.layout import Layout
+from orchestrator import shrink
 from orchestrator.energy import carbon
 from orchestrator.errors import UserError
-from orchestrator.plan.memory import Memory, memory
+from orchestrator.plan.memory import Memory, memory, rank_memory
 from orchestrator.plan.search import best, closed, fits, nearest, needed_gb, step_of, tightest, with_rows
 from orchestrator.plan.step import Step
 from orchestrator.spec import RunSpec
@@ -33,7 +34,8 @@ class Plan:
     best_interval: Interval  # what checkpoint.every_steps=auto comes to
     carbon_source: str | None
     start: str | None  # the greenest, in words
-    assumed: list[str]  # where the forecast is told to count otherwise than this trainer trains
+    assumed: list[str]  # where the forecast counts otherwise than this run trains
+    rank0_tensors_bytes: float  # at the peak: what the trainer measures
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -100,19 +102,22 @@ def best_save_interval(spec: RunSpec, step_s: float, rate: int = 1) -> Interval:
 
 def saves_every_steps(spec: RunSpec, step_s: float) -> int:
     every = spec.checkpoint.every_steps
-    return best_save_interval(spec, step_s).steps if every == AUTO else int(every)
+    return best_save_interval(spec, step_s).steps if every == AUTO else min(int(every), spec.steps)  # the last is saved
 
 
-def is_calibrated(spec: RunSpec) -> bool:
-    return None not in (spec.gpu.matmul_fraction, spec.gpu.attention_fraction, spec.gpu.cores)
+def why_no_forecast(spec: RunSpec) -> str:
+    """Empty where there is one."""
+    if None in (spec.gpu.matmul_fraction, spec.gpu.attention_fraction, spec.gpu.cores):
+        return f"gpu={spec.gpu.name} is not calibrated"
+    return "precision=fp32 is not calibrated" if spec.precision == "fp32" else ""
 
 
 def planned_layout(spec: RunSpec) -> Layout:
-    """Raises UserError where the GPU is not calibrated, or the layout does not fit its memory."""
-    if not is_calibrated(spec):
+    """Raises UserError where there is no forecast, or where the layout does not fit the GPU's memory."""
+    if why := why_no_forecast(spec):
         raise UserError(
-            f"gpu={spec.gpu.name} is not calibrated, so there is no forecast: choose gpu=a100_80gb, h100, h200, b200 or "
-            f"mi300x, or give gpu.matmul_fraction, gpu.attention_fraction and gpu.cores"
+            f"{why}, so there is no forecast: choose gpu=a100_80gb, h100, h200, b200 or mi300x with precision=auto, or give "
+            f"gpu.matmul_fraction, gpu.attention_fraction and gpu.cores"
         )
     layout = best(spec) if spec.layout.is_open else closed(spec, spec.layout)
     if not fits(spec, layout):
@@ -139,20 +144,29 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
     layout = planned_layout(spec)
     step = step_of(spec, layout)
     used = memory(spec.model, layout, spec.plan, spec.optim.batch_sequences)
+    rank0 = rank_memory(spec.model, layout, spec.plan, spec.optim.batch_sequences, 0)
     step_s = Range((1 - SPEED_MARGIN) * step.step_s, step.step_s, (1 + SPEED_MARGIN) * step.step_s)
     rates, pause = failures_per_s(spec), save_s(spec)
     every_steps = saves_every_steps(spec, step.step_s)
     every_s = every_steps * step.step_s
     ratios = [ettr(r, u, every_s, pause) for r, u in zip(rates, spec.plan.restart_s, strict=True)]
     if min(ratios) <= 0:
+        oftener = best_save_interval(spec, step.step_s, rate=2).steps
+        if ettr(rates[2], spec.plan.restart_s[2], oftener * step.step_s, pause) <= 0:
+            raise UserError(
+                f"at the highest rate of failures one comes every {1 / rates[2]:,.0f} s of training, and a restart takes up to "
+                f"{spec.plan.restart_s[2]:,.0f} s: no time is left to train. Lower plan.failures_per_1000_node_days or "
+                f"plan.restart_s, or take fewer nodes"
+            )
         raise UserError(
-            f"a save every {every_s / 3600:.1f} h is too seldom for this rate of failures: set "
-            f"checkpoint.every_steps={best_save_interval(spec, step.step_s, rate=2).steps}, or auto"
+            f"a save every {every_s:,.0f} s is too seldom for this rate of failures: set checkpoint.every_steps={oftener}, "
+            "or auto"
         )
     ratio = Range(ratios[2], ratios[1], ratios[0])
     train_h = step_s * (spec.steps / 3600)
     hours = Range(train_h.low / ratio.high, train_h.central / ratio.central, train_h.high / ratio.low)
     gpu_hours = hours * spec.cluster.gpus
+    allocated = gpu_hours * (1 + spec.cluster.spare_nodes / spec.cluster.nodes)
     site = carbon.energy_forecast(gpu_hours.central, spec.gpu.watts, spec.carbon.pue)
     site = Range(site.low * hours.low / hours.central, site.central, site.high * hours.high / hours.central)
     figures = {
@@ -171,7 +185,7 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
         "hours": hours,
         "days": hours * (1 / 24),
         "ettr": ratio,
-        "gpu_hours": gpu_hours,
+        "gpu_hours": allocated,
         "energy_kwh": site * (1 / spec.carbon.pue),
         "site_energy_kwh": site,
     }
@@ -180,18 +194,20 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
         assert spec.carbon.series
         assert spec.carbon.deadline
         deadline_s = datetime.fromisoformat(spec.carbon.deadline).timestamp()
-        chosen = carbon.greenest_start(carbon.read_series(spec.carbon.series), now_s, 3600 * hours.central, deadline_s)
+        window_h = spec.carbon.duration_h or hours.central
+        chosen = carbon.greenest_start(carbon.read_series(spec.carbon.series), now_s, 3600 * window_h, deadline_s)
         start, start_s = chosen.describe(site.central), chosen.start_s
     if (found := carbon.carbon_forecast(site, spec.carbon, start_s, hours.central)) is not None:
         figures["co2e_kg"], source = found
     if spec.gpu.usd_per_hour:
         usd = spec.gpu.usd_per_hour
-        figures["cost_usd"] = Range(gpu_hours.low * usd[0], gpu_hours.central * usd[1], gpu_hours.high * usd[2])
+        figures["cost_usd"] = Range(allocated.low * usd[0], allocated.central * usd[1], allocated.high * usd[2])
     return Plan(
         layout=layout, memory=used, step=step, figures=figures,
         restarts=Range(*(r * 3600 * h for r, h in zip(rates, (hours.low, hours.central, hours.high), strict=True))),
         save_s=pause, every_steps=every_steps, best_interval=best_save_interval(spec, step.step_s),
-        carbon_source=source, start=start, assumed=assumed(spec, layout),
+        carbon_source=source, start=start, assumed=[*assumed(spec, layout), *not_counted(spec, hours.central)],
+        rank0_tensors_bytes=rank0.total_bytes - rank0.overhead_bytes,
     )  # fmt: skip
 
 
@@ -221,9 +237,29 @@ def assumed(spec: RunSpec, layout: Layout) -> list[str]:
     return [text for text, holds in told.items() if holds]
 
 
+def not_counted(spec: RunSpec, hours: float) -> list[str]:
+    """What this run does beside training, and the forecast leaves out."""
+    cluster, told = spec.cluster, []
+    restarts = int(hours * 60 / cluster.time_limit_min) if cluster.kind == "slurm" else 0
+    if restarts * spec.plan.restart_s[1] > 0.01 * 3600 * hours:
+        told.append(f"cluster.time_limit_min={cluster.time_limit_min}: {restarts:,} requeues by it are not counted")
+    evaluated = spec.eval_rows_per_source * len(spec.data.sources) / 3 / spec.eval_every_steps  # forward only
+    if evaluated > 0.01 * spec.optim.batch_sequences:
+        told.append(f"evaluation is not counted: {evaluated / spec.optim.batch_sequences:.0%} of the steps' FLOPs")
+    if not spec.checkpoint.asynchronous:
+        told.append("checkpoint.asynchronous=false: that training waits for whole writes is not counted")
+    if cluster.spare_nodes:
+        told.append(
+            f"cluster.spare_nodes={cluster.spare_nodes}: GPU-hours and cost count them, energy and carbon do not"
+        )
+    return told
+
+
 def figures_json(found: Plan) -> dict[str, Any]:
-    """plan.json: figures by name, which the run's page holds against what it measured."""
-    return {name: asdict(figure) for name, figure in found.figures.items()}
+    """plan.json: figures by name, which the run's page holds against what it measured: of memory, rank 0's tensors."""
+    tensors = found.rank0_tensors_bytes
+    figures = {**found.figures, "memory_bytes": Range(0.95 * tensors, tensors, 1.05 * tensors)}
+    return {name: asdict(figure) for name, figure in figures.items()}
 
 
 def sentence(found: Plan) -> str:
@@ -242,10 +278,12 @@ def resolved(spec: RunSpec) -> RunSpec:
     the GPU's memory, where `layout.recompute=auto` did."""
     if not spec.layout.is_open:
         return replace(spec, layout=closed(spec, spec.layout))
-    if is_calibrated(spec):
+    if not why_no_forecast(spec):
         return replace(spec, layout=best(spec))
     # Nothing is known of this hardware: share over all ranks, and as many rows at a time as go, up to 8.
     want = replace(spec.layout, tp=spec.layout.tp or 1, pp=spec.layout.pp or 1, cp=spec.layout.cp or 1)
+    if want.virtual_stages > 1 and want.pipeline_schedule == "1f1b":
+        want = replace(want, pipeline_schedule="interleaved_1f1b")
     rows = spec.optim.batch_sequences
     dp = spec.cluster.gpus // (want.tp * want.pp * want.cp)
     shard = want.dp_shard or dp // (want.dp_replicate or 1)
@@ -255,7 +293,8 @@ def resolved(spec: RunSpec) -> RunSpec:
         allowed = [other for other in with_rows(spec, chosen) if other.microbatch_sequences <= 8]
         fitting = [other for other in allowed if fits(spec, closed(spec, other))]
         chosen = (fitting or allowed[:1] or [replace(chosen, microbatch_sequences=1)])[-1]
-    if wrong := chosen.problems(spec.model, rows, spec.cluster.gpus, spec.cluster.gpus_per_node):
+    wrong = chosen.problems(spec.model, rows, spec.cluster.gpus, spec.cluster.gpus_per_node)
+    if wrong := wrong or shrink.problems(spec.cluster, chosen, rows):
         raise UserError(f"layout={spec.layout.name}: " + "; ".join(wrong))
     return replace(spec, layout=closed(spec, chosen))
 

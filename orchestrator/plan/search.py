@@ -11,8 +11,6 @@ from orchestrator.plan.memory import memory
 from orchestrator.plan.step import Step, forecast_step
 from orchestrator.spec import RunSpec
 
-FEW_MICROBATCHES = (1, 2, 4, 8, 16)  # where degrees are open too
-
 
 def needed_gb(spec: RunSpec, layout: Layout) -> float:
     return memory(spec.model, layout, spec.plan, spec.optim.batch_sequences).total_bytes / 1e9
@@ -66,11 +64,15 @@ def best(spec: RunSpec) -> Layout:
         kept = [f"layout.{n}={v}" for n in ("tp", "pp", "cp", "dp_shard", "dp_replicate") if (v := getattr(want, n))]
         kept += [f"layout.virtual_stages={want.virtual_stages}"] if want.virtual_stages > 1 else []
         kept += ["layout.pipeline_schedule=zero_bubble"] if want.pipeline_schedule == "zero_bubble" else []
-        if kept and next(_candidates(spec), None) is None:
+        kept += [f"layout.microbatch_sequences={want.microbatch_sequences}"] if want.microbatch_sequences else []
+        kept += [f"layout.recompute={want.recompute}"] if want.recompute != "auto" else []
+        if next(_candidates(spec), None) is None:
+            elastic = f" that can go on with {least} nodes" if (least := spec.cluster.min_nodes) else ""
             raise UserError(
                 f"no layout of {spec.cluster.gpus} GPUs for model={spec.model.name} and "
-                f"optim.batch_sequences={spec.optim.batch_sequences} has {' '.join(kept)}: leave them to layout=auto, or "
-                f"choose divisors of the model's heads and sizes, and of the cluster"
+                f"optim.batch_sequences={spec.optim.batch_sequences}{elastic} "
+                + (f"has {' '.join(kept)}: leave them to layout=auto, or choose " if kept else "is there: choose ")
+                + "divisors of the model's heads and sizes, of the batch and of the cluster"
             )
         raise UserError(
             f"no layout of model={spec.model.name} fits {spec.cluster.gpus} GPUs of {spec.gpu.memory_gb:g} GB: "
@@ -117,8 +119,9 @@ def _candidates(spec: RunSpec) -> Iterator[Layout]:
         if want.virtual_stages == 1 and pp > 1 and not zero_bubble:
             # Even groups only: what uneven ones wait for each other, the forecast does not know.
             groups = [v for v in range(1, 9) if layers % (pp * v) == 0] or [1]
-        rows_at_a_time = [want.microbatch_sequences] if want.microbatch_sequences else FEW_MICROBATCHES
-        for shard, rows, virtual in product(_shards(want, dp), rows_at_a_time, groups):
+        rows_at_a_time = [want.microbatch_sequences] if want.microbatch_sequences else MICROBATCHES
+        rows_that_divide = [rows for rows in rows_at_a_time if batch % (dp * rows) == 0]
+        for shard, rows, virtual in product(_shards(want, dp, cluster.gpus_per_node), rows_that_divide, groups):
             layout = replace(
                 want, dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp, cp=cp,
                 microbatch_sequences=rows, virtual_stages=virtual,
@@ -131,14 +134,14 @@ def _candidates(spec: RunSpec) -> Iterator[Layout]:
                 yield layout
 
 
-def _shards(want: Layout, dp: int) -> list[int]:
-    """Over how many of `dp` ranks a copy of the parameters may be shared."""
+def _shards(want: Layout, dp: int, gpus_per_node: int) -> list[int]:
+    """Over how many of `dp` ranks a copy of the parameters may be shared: powers of two, and whole nodes."""
     if want.dp_shard:
         shards = [want.dp_shard]
     elif want.dp_replicate:
         shards = [dp // want.dp_replicate]
     else:
-        shards = [d for d in _divisors(dp) if d in (1, dp) or d & (d - 1) == 0]
+        shards = [d for d in _divisors(dp) if d in (1, dp) or d & (d - 1) == 0 or d % gpus_per_node == 0]
     return [shard for shard in shards if shard and dp % shard == 0 and want.dp_replicate in (0, dp // shard)]
 
 

@@ -171,7 +171,7 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
         failed_restart_share=spec.plan.failed_restart_share,
         rack_share=spec.plan.rack_share,
         rack_nodes=min(spec.plan.rack_nodes, spec.cluster.nodes),
-        spare_nodes=spec.plan.spare_nodes,
+        spare_nodes=max(spec.plan.spare_nodes, spec.cluster.spare_nodes),
         repair_s=3600 * spec.plan.repair_h,
         queue_wait_s=spec.plan.queue_wait_s,
     )
@@ -179,7 +179,7 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
     if not np.isfinite(taken_s).all():
         raise UserError(
             f"a run that saves every {life.interval_s:,.0f} s and fails every {1 / rate:,.0f} s never ends: "
-            f"save more often (checkpoint.every_steps)"
+            f"save more often (checkpoint.every_steps), or lower plan.restart_s or plan.failures_per_1000_node_days"
         )
     young = min(young_interval_s(life.save_s, forecast.mttf_s(spec)), life.work_s)
     planned = forecast.best_save_interval(spec, step_s)

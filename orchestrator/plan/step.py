@@ -102,9 +102,11 @@ def forecast_step(
     tp_contention_forward = CONTENTION * (tp_pass - tp_forward)
     tp_contention_backward = CONTENTION * (tp_pass - tp_backward)
     # Context parallel: keys and values go around the ring; hidden behind attention as far as that reaches.
+    one_node = layout.gpus <= gpus_per_node
+    node_ranks = max(1, gpus_per_node // tp)  # of one tensor parallel index, on one node
     cp_pass = 0.0
     if layout.cp > 1:
-        local = max(1, min(layout.cp, gpus_per_node // tp))
+        local = layout.cp if one_node else math.gcd(layout.cp, node_ranks)
         cp_pass = collective_s(2 * 2 * tokens * layout.cp * kv / tp, layout.cp, local, gpu)
     cp_forward, cp_backward = max(0.0, cp_pass - attention_forward), max(0.0, 2 * cp_pass - attention_backward)
 
@@ -145,8 +147,7 @@ def forecast_step(
     # to the network, where tensor parallel ranks send a share each.
     exposed_pp_s = 0.0
     if layout.pp > 1:
-        inside = layout.pp * tp <= gpus_per_node and layout.dp * layout.cp == 1
-        link = gpu.intra_node_gb_per_s * INTRA_FRACTION if inside else gpu.inter_node_gb_per_s * INTER_FRACTION
+        link = gpu.intra_node_gb_per_s * INTRA_FRACTION if one_node else gpu.inter_node_gb_per_s * INTER_FRACTION
         one_way = 2 * tokens * d / tp / (link * 1e9) + INTER_LATENCY_S
         hidden = 0.5 if layout.virtual_stages > 1 else 0.0  # interleaving sends while another group computes
         exposed_pp_s = (1 - hidden) * 2 * layout.virtual_stages * microbatches * one_way + 2 * (layout.pp - 1) * one_way
@@ -156,10 +157,11 @@ def forecast_step(
     rank_parameters = layers * layer_parameters(model) / tp + model.vocab_size * d / tp * (2 if layout.pp == 1 else 1)
     shards = layout.dp_shard * layout.cp
     replicas = layout.dp * layout.cp // shards
-    node_ranks = max(1, gpus_per_node // tp)  # of one tensor parallel index, on one node
-    shard_local = min(shards, node_ranks)
+    # A group that starts or ends within a node has as few ranks on some node.
+    shard_local = shards if one_node else math.gcd(shards, node_ranks)
     # Replicas of a shard lie on one node only as far as the shards leave room.
-    replica_local = max(1, min(replicas, node_ranks // shard_local))
+    room = max(1, node_ranks // shards)
+    replica_local = replicas if one_node else math.gcd(replicas, room)
     pieces = layers + 1  # collectives: one a layer, one for embedding and head
     gather_s = pieces * collective_s(2 * rank_parameters / pieces, shards, shard_local, gpu)
     scatter_s = pieces * collective_s(plan.gradient_bytes * rank_parameters / pieces, shards, shard_local, gpu)

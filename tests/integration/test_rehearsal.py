@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 def test_a_job_is_rehearsed_with_requeue_preemption_and_a_lost_node(tmp_path: Path) -> None:
     require_slurm()
     workplace = make_workplace(tmp_path)
-    job = ["cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=2", "layout=fsdp", "layout.dp_shard=4"]
+    job = ["cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=2", "layout=auto"]
     only_theirs = ["cluster.account=theirs", "cluster.partition=theirs"]
     with tempfile.TemporaryDirectory(prefix="r") as short:  # Unix sockets want short paths
         done = arriero(workplace, "rehearse", "model=nano", *job, *only_theirs, "--json", TMPDIR=short)

@@ -29,6 +29,16 @@ def test_the_most_nodes_that_the_batch_divides_by_are_used() -> None:
     assert nodes_to_use(replace(CLUSTER, min_nodes=None), LAYOUT, 64, 7) is None
 
 
+def test_a_pipeline_goes_on_only_with_whole_rounds_of_microbatches() -> None:
+    pipeline = Layout(name="l", dp_shard=18, pp=2, pipeline_schedule="interleaved_1f1b", virtual_stages=2)
+    with pytest.raises(ValueError, match=r"makes 9 microbatches for layout\.pp=2 stages"):
+        shrunk(pipeline, 24, 108)  # dp 12
+    assert shrunk(pipeline, 18, 108).dp_shard == 9  # 12 microbatches
+    cluster = replace(CLUSTER, nodes=6, gpus_per_node=6)
+    assert nodes_to_use(cluster, pipeline, 108, 5) == 3
+    assert nodes_to_use(cluster, replace(pipeline, pipeline_schedule="1f1b", virtual_stages=1), 108, 5) == 4
+
+
 def test_a_promise_that_cannot_be_kept_is_told_before_the_launch() -> None:
     assert problems(CLUSTER, LAYOUT, 64) == []
     (said,) = problems(replace(CLUSTER, min_nodes=5), LAYOUT, 64)

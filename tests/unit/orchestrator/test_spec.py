@@ -98,6 +98,19 @@ def test_everything_wrong_is_told_together() -> None:
         (["optim.warmup_steps=300"], ["warmup_steps=300", "steps=300"]),
         (["model=llama_9b"], ["model/llama_9b", "llama_7b"]),
         (["cluster.nodes=2"], ["cluster.nodes=2", "set cluster.nodes=1"]),
+        (
+            ["cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=6", "layout.tp=4", "layout.dp_shard=3"],
+            ["layout.tp=4", "cluster.gpus_per_node=6", "choose a divisor of 6"],
+        ),
+        (["layout.pipeline_schedule=zero_bubble"], ["zero_bubble with layout.pp=1", "layout.pipeline_schedule=1f1b"]),
+        (["layout=auto", "layout.virtual_stages=0"], ["layout.virtual_stages=0 must be at least 1"]),
+        (["gpu.peak_bf16_tflops=0"], ["gpu.peak_bf16_tflops=0", "above 0"]),
+        (["gpu.matmul_fraction=2", "gpu.cores=0"], ["gpu.matmul_fraction=2", "at most 1", "gpu.cores=0"]),
+        (["gpu.usd_per_hour=[5,1,0.1]"], ["gpu.usd_per_hour=[5.0, 1.0, 0.1]", "[low,central,high]"]),
+        (
+            ["plan.restart_s=[1,nan,3]", "optim.lr=inf"],
+            ["plan.restart_s=nan", "optim.lr=inf must be a finite number"],
+        ),
     ],
 )
 def test_each_problem_names_both_numbers_and_the_way_out(overrides: list[str], parts: list[str]) -> None:

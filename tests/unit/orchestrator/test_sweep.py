@@ -3,18 +3,20 @@
 import json
 import shlex
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from orchestrator import launch, sweep, sweep_slurm
+from orchestrator.energy.carbon import Start
 from orchestrator.errors import Failure, UserError
 from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec, to_yaml
-from slurm import queue
-from slurm.request import ClusterConfig
+from slurm import lemons, queue
+from slurm.request import JobRequest
 
 
 def by_id(*overrides: str) -> dict[str, str]:
@@ -231,8 +233,8 @@ def test_more_points_than_an_array_takes_are_split_and_share_the_limit(
     monkeypatch.chdir(tmp_path)
     arrays: list[tuple[int, int, int | None]] = []
 
-    def submit(root: Path, runs: Sequence[RunSpec], cluster: ClusterConfig, code: str, limit: int | None) -> str:
-        arrays.append((len(runs), cluster.cpus_per_gpu, limit))
+    def submit(root: Path, runs: Sequence[RunSpec], start: Start | None, code: str, limit: int | None) -> str:
+        arrays.append((len(runs), runs[0].cluster.cpus_per_gpu, limit))
         return "1"
 
     monkeypatch.setattr(sweep_slurm, "_submit", submit)
@@ -242,6 +244,41 @@ def test_more_points_than_an_array_takes_are_split_and_share_the_limit(
     words = ["model=nano", "name=many", "cluster=slurm", "cluster.gpus_per_node=1"]
     assert sweep.launch_sweep([*words, "seed=range(10)", "cluster.cpus_per_gpu=1,2"], limit_parallel=12) == 0
     assert arrays == [(4, 1, 2), (4, 1, 2), (2, 1, 2), (4, 2, 2), (4, 2, 2), (2, 2, 2)]
+
+
+def test_points_on_slurm_are_forecast_begin_when_it_is_greenest_and_keep_off_lemons(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[JobRequest] = []
+    monkeypatch.setattr(sweep_slurm, "submit_array", lambda request, lock: str(asked.append(request)))
+    monkeypatch.setattr(sweep_slurm, "snapshot", lambda folder: folder)
+    monkeypatch.setattr(queue, "max_array_size", lambda: 100)
+    monkeypatch.setattr(queue, "queued", dict)
+    monkeypatch.setattr(launch, "_prepare", lambda console, spec: SimpleNamespace(root=tmp_path))
+    words = ["model=nano", "layout=fsdp", "cluster=slurm", "gpu=h100", "optim.batch_sequences=16", "seed=1,2"]
+    with pytest.raises(UserError, match=r"seed=1-\w+: each rank needs [\d.]+ GB and a h100 has 1 GB"):
+        sweep.launch_sweep([*words, "name=small", "gpu.memory_gb=1"])
+    assert not asked
+    assert not list((tmp_path / "runs" / "small").glob("*/spec.yaml"))
+
+    hours = [datetime.now(UTC) + timedelta(hours=h) for h in range(-1, 60)]
+    rows = [f"{at:%Y-%m-%dT%H:00:00Z},{100 if number >= 25 else 400}" for number, at in enumerate(hours)]
+    (tmp_path / "grid.csv").write_text("time_utc,g_per_kwh\n" + "\n".join(rows) + "\n")
+    green = ["carbon.start=greenest", "carbon.series=grid.csv", f"carbon.deadline={hours[-2]:%Y-%m-%dT%H:00:00Z}"]
+    folder = tmp_path / "runs" / "green"
+    folder.mkdir()
+    lemons.add(folder / ".lemons.jsonl", "node007", "preflight")
+    assert sweep.launch_sweep([*words, "name=green", *green]) == 0
+    (request,) = asked
+    assert request.array is not None
+    assert request.array.count == 2
+    assert request.exclude == ("node007",)
+    assert request.begin is not None
+    assert 22 * 3600 < int(request.begin.removeprefix("now+").removesuffix("seconds")) < 26 * 3600
+    plans = [json.loads(path.read_text()) for path in sorted(folder.glob("*/plan.json"))]
+    assert len(plans) == 2
+    assert all(plan["tokens_per_s"]["central"] > 0 for plan in plans)
 
 
 def test_two_commands_cannot_lead_one_sweep(ran: list[str], tmp_path: Path) -> None:

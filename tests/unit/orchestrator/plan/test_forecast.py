@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import published
 import pytest
@@ -13,6 +13,7 @@ from orchestrator import spec as specs
 from orchestrator.errors import UserError
 from orchestrator.plan import forecast
 from orchestrator.plan.config import PlanConfig
+from orchestrator.plan.simulate import simulate
 from orchestrator.plan.step import CONTENTION, Step, exposed_s
 
 NOW_S = 1.8e9
@@ -295,6 +296,116 @@ def test_what_fits_must_fit_on_the_fewest_nodes_too_that_the_run_may_shrink_to()
     )
 
 
+ONE_NODE = ("experiment=llama_7b", "cluster.nodes=1", "gpu.memory_gb=999", "layout.dp_replicate=1", "layout.dp_shard=4")
+SLOW = "gpu.inter_node_gb_per_s=0.1"
+
+
+def test_a_pipeline_within_a_node_needs_no_network() -> None:
+    words = (*ONE_NODE, "layout.pp=2", "optim.batch_sequences=192")
+    steps = [forecast.planned_step(specs.compose([*words, *more])) for more in ([], [SLOW])]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize(("nodes", "shards", "rest"), [(3, 12, 2), (3, 3, 8), (5, 5, 8)])
+def test_shards_that_straddle_nodes_wait_for_the_network(nodes: int, shards: int, rest: int) -> None:
+    words = [*ONE_NODE, f"cluster.nodes={nodes}", f"layout.dp_shard={shards}", f"optim.batch_sequences={nodes * 64}"]
+    words += [f"layout.pp={rest}"] if rest == 2 else [f"layout.dp_replicate={rest}"]
+    fast, slow = (forecast.planned_step(specs.compose([*words, *more])) for more in ([], [SLOW]))
+    assert slow.exposed_dp_s > 10 * fast.exposed_dp_s
+
+
+@pytest.mark.parametrize(
+    "words", [["cluster.nodes=12", "optim.batch_sequences=960"], ["cluster.nodes=1", "optim.batch_sequences=24"]]
+)
+def test_layout_auto_is_no_slower_than_fsdp_where_sizes_are_odd(words: list[str]) -> None:
+    steps = [
+        forecast.planned_step(specs.compose(["experiment=llama_7b", f"layout={name}", *words]))
+        for name in ("auto", "fsdp")
+    ]
+    assert steps[0].step_s <= steps[1].step_s
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.batch_sequences=1"], "optim.batch_sequences=1 is there: choose divisors"),
+        (["cluster.min_nodes=255"], "that can go on with 255 nodes is there"),
+        (["layout.microbatch_sequences=3"], "has layout.microbatch_sequences=3: leave"),
+        (["layout.pipeline_schedule=zero_bubble", "layout.recompute=full"], "zero_bubble layout.recompute=full: leave"),
+    ],
+)
+def test_where_no_layout_is_possible_memory_is_not_blamed(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match="no layout of 2048 GPUs") as refused:
+        forecast.plan(specs.compose(["experiment=llama_7b", "layout=auto", *words]), NOW_S)
+    assert said in str(refused.value)
+
+
+def test_layout_auto_keeps_min_nodes_where_nothing_is_calibrated() -> None:
+    words = ["cluster=slurm", "cluster.nodes=3", "cluster.min_nodes=2", "optim.batch_sequences=24", "layout=auto"]
+    with pytest.raises(UserError, match=r"cluster\.min_nodes=2: with no number of nodes"):
+        forecast.resolved(specs.compose([*words, "cluster.gpus_per_node=8"]))
+
+
+def test_fp32_has_no_forecast() -> None:
+    with pytest.raises(UserError, match="precision=fp32 is not calibrated, so there is no forecast"):
+        forecast.plan(specs.compose(["experiment=llama_7b", "precision=fp32"]), NOW_S)
+
+
+def test_a_save_interval_longer_than_the_run_costs_nothing() -> None:
+    short = ["experiment=llama_7b", "steps=2001"]
+    found = [forecast.plan(specs.compose([*short, f"checkpoint.every_steps={n}"]), NOW_S) for n in (2001, 100_000)]
+    assert found[0].figures == found[1].figures
+    assert found[1].every_steps == 2001
+
+
+def test_where_restarts_take_all_the_time_no_interval_is_proposed() -> None:
+    words = ["experiment=llama_7b", "plan.failures_per_1000_node_days=[0,0,100000]"]
+    with pytest.raises(UserError, match="a restart takes up to 1,800 s: no time is left to train"):
+        forecast.plan(specs.compose(words), NOW_S)
+    with pytest.raises(
+        UserError, match=r"too seldom for this rate of failures: set checkpoint.every_steps=(\d+)"
+    ) as told:
+        forecast.plan(specs.compose(["experiment=llama_7b", "checkpoint.every_steps=200000"]), NOW_S)
+    proposed = str(told.value).split("checkpoint.every_steps=")[1].split(",")[0]
+    assert forecast.plan(
+        specs.compose(["experiment=llama_7b", f"checkpoint.every_steps={proposed}"]), NOW_S
+    ).every_steps
+
+
+def test_the_measured_memory_is_held_against_rank_0s_tensors() -> None:
+    found = forecast.plan(specs.compose(["experiment=llama_65b"]), NOW_S)
+    graded = forecast.figures_json(found)["memory_bytes"]
+    assert graded["central"] == pytest.approx(found.memory.total_bytes - found.memory.overhead_bytes)
+    assert graded["high"] < found.figures["memory_bytes"].central
+
+
+def test_spare_nodes_cost_and_are_simulated() -> None:
+    without, spares = (
+        specs.compose(["experiment=llama_7b", *more]) for more in ([], ["cluster=slurm", "cluster.nodes=256",
+        "cluster.gpus_per_node=8", "cluster.spare_nodes=64"])
+    )  # fmt: skip
+    cheap, dear = forecast.plan(without, NOW_S), forecast.plan(spares, NOW_S)
+    for name in ("gpu_hours", "cost_usd"):
+        assert dear.figures[name].central == pytest.approx(1.25 * cheap.figures[name].central)
+    assert dear.figures["energy_kwh"] == cheap.figures["energy_kwh"]
+    assert any(line.startswith("cluster.spare_nodes=64") for line in dear.assumed)
+    assert simulate(spares, 20).life.spare_nodes == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("cluster.time_limit_min=12", "requeues by it are not counted"),
+        ("eval_every_steps=1 eval_rows_per_source=10000", "evaluation is not counted"),
+        ("checkpoint.asynchronous=false", "training waits for whole writes is not counted"),
+    ],
+)
+def test_what_the_run_does_beside_training_is_told_where_it_takes_long(words: str, said: str) -> None:
+    assert forecast.plan(specs.compose(["experiment=llama_7b"]), NOW_S).assumed == []
+    (line,) = forecast.plan(specs.compose(["experiment=llama_7b", *words.split()]), NOW_S).assumed
+    assert said in line
+
+
 def test_recompute_auto_is_the_least_that_fits() -> None:
     def chosen(memory_gb: int) -> str:
         words = ["experiment=llama_65b", "layout.recompute=auto", f"gpu.memory_gb={memory_gb}"]
@@ -328,6 +439,9 @@ def test_the_greenest_start_is_told_with_what_it_saves(tmp_path) -> None:  # typ
     found = forecast.plan(spec, 1798848000.0)  # 2027-01-02
     assert found.start is not None
     assert "2027-01-10" in found.start
+    longer = forecast.plan(replace(spec, carbon=replace(spec.carbon, duration_h=400.0)), 1798848000.0)
+    assert longer.start is not None
+    assert "2027-01-03" in longer.start  # the last one that ends in time
     assert "saves" in found.start
     assert found.figures["co2e_kg"].central == pytest.approx(found.figures["site_energy_kwh"].central * 0.1)
 
