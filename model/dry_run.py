@@ -113,8 +113,11 @@ def _shapes(model: ModelConfig, layout: Layout, rank: int) -> tuple[Any, ...]:
 
 def _step(model: ModelConfig, layout: Layout, batch_sequences: int, rank: int) -> "_Storages":
     """Forward and backward passes of one rank, seen."""
-    enough = {"1f1b": layout.pp + 1}.get(layout.pipeline_schedule, 2 * layout.pp) if layout.pp > 1 else 2
-    microbatches = min(layout.accumulation_steps(batch_sequences), enough)
+    microbatches = layout.accumulation_steps(batch_sequences)
+    enough = layout.pp + 1 if layout.pp > 1 else 2
+    if layout.pp > 1 and layout.pipeline_schedule != "1f1b":  # two rounds, as long as the trainer's
+        enough = 2 * (microbatches // max(1, microbatches // layout.pp))
+    microbatches = min(microbatches, enough)
     with _fake_ranks(layout, rank) as ranks:
         parts = _parts(model, layout, ranks)  # on the meta device: meshes need true values
         seen = _Storages(parts)

@@ -50,10 +50,13 @@ class Layout:
 
     def problems(self, model: ModelConfig, batch_sequences: int, gpus: int, gpus_per_node: int) -> list[str]:
         """What cannot be, against the model, the batch and the cluster (`gpus` in all, `gpus_per_node` on each)."""
-        degrees = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "microbatch_sequences", "virtual_stages")
-        found = [f"layout.{d}={getattr(self, d)} must be at least 1" for d in degrees if getattr(self, d) < 1]
-        if self.is_open:
-            found = [f for f in found if "=0 " not in f or "virtual_stages" in f]
+        degrees = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "microbatch_sequences")
+        least = {**dict.fromkeys(degrees, 0 if self.is_open else 1), "virtual_stages": 1}
+        found = [
+            f"layout.{name}={value} must be at least {at_least}"
+            for name, at_least in least.items()
+            if (value := getattr(self, name)) < at_least
+        ]
         if self.recompute not in RECOMPUTE:
             found.append(f"layout.recompute={self.recompute} is none of {', '.join(RECOMPUTE)}")
         if self.pipeline_schedule not in PIPELINE_SCHEDULES:

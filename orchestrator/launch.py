@@ -68,7 +68,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         raise UserError("\n".join(missing))
     run_dir = RunDir(spec.run_dir.resolve())
     if dry_run:
-        return _dry_run(spec, run_dir, greenest(spec, forecast_of(spec)))
+        return _dry_run(spec, run_dir, greenest(spec, forecast_of(spec, time.time()), time.time()))
     if is_finished(run_dir) and not _changed(run_dir, spec):
         console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
         _print_summary(console, spec, run_dir)
@@ -89,16 +89,17 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         )
     if asked != spec.layout:
         console.print(f"layout chosen      {forecast.layout_sentence(spec.layout)}")
-    expected = forecast_of(spec)
-    start = greenest(spec, expected)
+    now_s = time.time()
+    expected = forecast_of(spec, now_s)
+    start = greenest(spec, expected, now_s)
     write_run_dir(spec, run_dir, overrides)
+    write_plan(run_dir, expected)
     if expected is None:
         console.print(f"no forecast        {forecast.why_no_forecast(spec)} (docs/plan.md)")
     else:
         console.print(forecast.sentence(expected))
         for text in expected.assumed:
             console.print(f"assumed            {text}")
-        write_plan(run_dir, expected)
     prepared = _prepare(console, spec)
     run_dir.data.write_text(f"{prepared.root.resolve()}\n")
     _print_mix(console, spec, prepared)
@@ -153,18 +154,25 @@ def _dry_run(spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:
     return 0
 
 
-def forecast_of(spec: RunSpec) -> forecast.Plan | None:
+def forecast_of(spec: RunSpec, now_s: float) -> forecast.Plan | None:
     """None where there is none. Raises UserError where the run cannot fit or never ends."""
-    return None if forecast.why_no_forecast(spec) else forecast.plan(spec, time.time())
+    if not forecast.why_no_forecast(spec):
+        return forecast.plan(spec, now_s)
+    if forecast.is_calibrated(spec):
+        forecast.fitting_layout(spec)
+    return None
 
 
-def write_plan(run_dir: RunDir, expected: forecast.Plan) -> None:
+def write_plan(run_dir: RunDir, expected: forecast.Plan | None) -> None:
     """A run is graded by what was expected at its first start."""
-    if not run_dir.plan.exists() or not any(e.kind == "started" for e in read_events(run_dir.events)):
+    if run_dir.plan.exists() and any(e.kind == "started" for e in read_events(run_dir.events)):
+        return
+    run_dir.plan.unlink(missing_ok=True)
+    if expected is not None:
         _write(run_dir.plan, json.dumps(forecast.figures_json(expected), indent=1) + "\n")
 
 
-def greenest(spec: RunSpec, expected: forecast.Plan | None) -> Start | None:
+def greenest(spec: RunSpec, expected: forecast.Plan | None, now_s: float) -> Start | None:
     """When a run with carbon.start=greenest begins; None for one that begins at once. Raises UserError."""
     config = spec.carbon
     if config.start != "greenest":
@@ -183,7 +191,7 @@ def greenest(spec: RunSpec, expected: forecast.Plan | None) -> Start | None:
     assert config.series
     assert config.deadline
     deadline_s = datetime.fromisoformat(config.deadline).timestamp()
-    return greenest_start(read_series(config.series), time.time(), 3600 * hours, deadline_s)
+    return greenest_start(read_series(config.series), now_s, 3600 * hours, deadline_s)
 
 
 def _submit(console: Console, spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:

@@ -35,9 +35,13 @@ def nodes_to_use(cluster: ClusterConfig, layout: Layout, batch_sequences: int, f
 def smaller(cluster: ClusterConfig, layout: Layout, batch_sequences: int, most: int) -> list[int]:
     """The numbers of nodes below cluster.nodes, up to `most`, that cluster.min_nodes allows and the batch divides by."""
     found = []
+    rest, rows = layout.tp * layout.pp * layout.cp, layout.microbatch_sequences
     for nodes in range(min(most, cluster.nodes - 1), (cluster.min_nodes or cluster.nodes) - 1, -1):
+        gpus = nodes * cluster.gpus_per_node
+        if gpus % rest or batch_sequences % (gpus // rest * rows or 1):
+            continue  # most, and an exception takes long
         try:
-            shrunk(layout, nodes * cluster.gpus_per_node, batch_sequences)
+            shrunk(layout, gpus, batch_sequences)
         except ValueError:
             continue
         found.append(nodes)

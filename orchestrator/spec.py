@@ -69,7 +69,7 @@ class RunSpec:
         return self.optim.batch_sequences * self.model.sequence_length
 
     def problems(self) -> list[str]:
-        """Every combination that cannot be, all at once."""
+        """Every combination that cannot be, all at once; where a number is none, those alone."""
         if found := [f"{name}={value} must be a finite number" for name, value in _not_finite(asdict(self))]:
             return found
         found = [

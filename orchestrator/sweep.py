@@ -28,6 +28,7 @@ from orchestrator import launch as launching
 from orchestrator import spec as specs
 from orchestrator.columns import read_columns
 from orchestrator.errors import Failure, UserError
+from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec
@@ -221,6 +222,11 @@ def _launch_search(
         for point, spec in zip(points, specs.compose_many([p.overrides for p in points], config_dir), strict=True):
             if isinstance(spec, str):
                 print(f"{point.directory} cannot run: {spec}", flush=True)
+                continue
+            try:
+                launching.forecast_of(forecast.resolved(spec), time.time())
+            except UserError as error:
+                print(f"{point.directory} cannot run: {error}", flush=True)
                 continue
             spec.name, spec.run_root = point.directory, str(root)
             runs[point.id] = spec

@@ -10,9 +10,11 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from model.layout import Layout
 from orchestrator import launch as launching
 from orchestrator.console import plain_console
 from orchestrator.energy.carbon import Start
@@ -53,29 +55,35 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
     fresh: list[tuple[_Point, RunSpec]] = []
     expected: dict[str, Plan | None] = {}  # by the run's name
     starts: dict[str, Start | None] = {}
+    layouts: dict[str, Layout] = {}
+    now_s = time.time()
     for point, spec in todo:
         run_dir = RunDir(spec.run_dir)
         if point.directory in live or _submitted_alone(run_dir.submission):
             continue
-        spec = forecast.resolved(spec)
+        try:
+            alike = repr(
+                (spec.model, spec.layout, spec.cluster, spec.gpu, spec.plan, spec.precision, spec.optim.batch_sequences)
+            )
+            if alike not in layouts:  # the search takes a while
+                layouts[alike] = forecast.resolved(spec).layout
+            spec = replace(spec, layout=layouts[alike])
+            expected[spec.name] = launching.forecast_of(spec, now_s)
+            starts[spec.name] = launching.greenest(spec, expected[spec.name], now_s)
+        except UserError as error:
+            raise UserError(f"{point.directory}: {error}") from None
         if missing := spec.model.not_built():
             raise UserError("\n".join(missing))
         if why := stopped_for_a_person(read_events(run_dir.events), spec.spikes):
             print(f"{point.directory}: stopped for a person to look at it: {why.splitlines()[0]}; not submitted")
             continue
-        try:
-            expected[spec.name] = launching.forecast_of(spec)
-            starts[spec.name] = launching.greenest(spec, expected[spec.name])
-        except UserError as error:
-            raise UserError(f"{point.directory}: {error}") from None
         fresh.append((point, spec))
     print(f"{len(todo) - len(fresh)} queued or running already (or stopped for a person), {len(fresh)} to submit")
     prepared: dict[str, Path] = {}
     for point, spec in fresh:
         run_dir = RunDir(spec.run_dir)
         launching.write_run_dir(spec, run_dir, point.overrides)
-        if (plan := expected[spec.name]) is not None:
-            launching.write_plan(run_dir, plan)
+        launching.write_plan(run_dir, expected[spec.name])
         if (key := str(spec.data)) not in prepared:
             prepared[key] = launching._prepare(console, spec).root.resolve()
         run_dir.data.write_text(f"{prepared[key]}\n")

@@ -13,7 +13,7 @@ from orchestrator import shrink
 from orchestrator.energy import carbon
 from orchestrator.errors import UserError
 from orchestrator.plan.memory import Memory, memory, rank_memory
-from orchestrator.plan.search import best, closed, fits, nearest, needed_gb, step_of, tightest, with_rows
+from orchestrator.plan.search import best, closed, fits, nearest, needed_gb, sizes, step_of, with_rows
 from orchestrator.plan.step import Step
 from orchestrator.spec import RunSpec
 
@@ -105,9 +105,13 @@ def saves_every_steps(spec: RunSpec, step_s: float) -> int:
     return best_save_interval(spec, step_s).steps if every == AUTO else min(int(every), spec.steps)  # the last is saved
 
 
+def is_calibrated(spec: RunSpec) -> bool:
+    return None not in (spec.gpu.matmul_fraction, spec.gpu.attention_fraction, spec.gpu.cores)
+
+
 def why_no_forecast(spec: RunSpec) -> str:
     """Empty where there is one."""
-    if None in (spec.gpu.matmul_fraction, spec.gpu.attention_fraction, spec.gpu.cores):
+    if not is_calibrated(spec):
         return f"gpu={spec.gpu.name} is not calibrated"
     return "precision=fp32 is not calibrated" if spec.precision == "fp32" else ""
 
@@ -115,15 +119,23 @@ def why_no_forecast(spec: RunSpec) -> str:
 def planned_layout(spec: RunSpec) -> Layout:
     """Raises UserError where there is no forecast, or where the layout does not fit the GPU's memory."""
     if why := why_no_forecast(spec):
-        raise UserError(
-            f"{why}, so there is no forecast: choose gpu=a100_80gb, h100, h200, b200 or mi300x with precision=auto, or give "
-            f"gpu.matmul_fraction, gpu.attention_fraction and gpu.cores"
+        way_out = (
+            "set precision=auto"
+            if is_calibrated(spec)
+            else "choose gpu=a100_80gb, h100, h200, b200 or mi300x, or give gpu.matmul_fraction, gpu.attention_fraction and "
+            "gpu.cores"
         )
+        raise UserError(f"{why}, so there is no forecast: {way_out}")
+    return fitting_layout(spec)
+
+
+def fitting_layout(spec: RunSpec) -> Layout:
+    """Raises UserError where it does not fit the GPU's memory: in bf16, which is the least that any precision takes."""
     layout = best(spec) if spec.layout.is_open else closed(spec, spec.layout)
     if not fits(spec, layout):
         need, where = needed_gb(spec, layout), ""
         if need <= spec.gpu.memory_gb:
-            tight = tightest(spec, layout)
+            tight = max(sizes(spec, layout), key=lambda size: needed_gb(spec, size))
             need = needed_gb(spec, tight)
             nodes = tight.gpus // spec.cluster.gpus_per_node
             where = f" on {nodes} nodes, which cluster.min_nodes={spec.cluster.min_nodes} allows,"
@@ -159,8 +171,8 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
                 f"plan.restart_s, or take fewer nodes"
             )
         raise UserError(
-            f"a save every {every_s:,.0f} s is too seldom for this rate of failures: set checkpoint.every_steps={oftener}, "
-            "or auto"
+            f"a save every {every_s:,.0f} s is too seldom for this rate of failures: set checkpoint.every_steps={oftener}"
+            + ("" if spec.checkpoint.every_steps == AUTO else ", or auto")
         )
     ratio = Range(ratios[2], ratios[1], ratios[0])
     train_h = step_s * (spec.steps / 3600)
@@ -256,9 +268,14 @@ def not_counted(spec: RunSpec, hours: float) -> list[str]:
 
 
 def figures_json(found: Plan) -> dict[str, Any]:
-    """plan.json: figures by name, which the run's page holds against what it measured: of memory, rank 0's tensors."""
+    """plan.json: figures by name, which the run's page holds against what it measured: of memory, rank 0's tensors; GPU-hours
+    of the ranks, without spare nodes."""
     tensors = found.rank0_tensors_bytes
-    figures = {**found.figures, "memory_bytes": Range(0.95 * tensors, tensors, 1.05 * tensors)}
+    figures = {
+        **found.figures,
+        "memory_bytes": Range(0.95 * tensors, tensors, 1.05 * tensors),
+        "gpu_hours": found.figures["hours"] * found.layout.gpus,
+    }
     return {name: asdict(figure) for name, figure in figures.items()}
 
 
@@ -278,11 +295,11 @@ def resolved(spec: RunSpec) -> RunSpec:
     the GPU's memory, where `layout.recompute=auto` did."""
     if not spec.layout.is_open:
         return replace(spec, layout=closed(spec, spec.layout))
-    if not why_no_forecast(spec):
+    if is_calibrated(spec):
         return replace(spec, layout=best(spec))
     # Nothing is known of this hardware: share over all ranks, and as many rows at a time as go, up to 8.
     want = replace(spec.layout, tp=spec.layout.tp or 1, pp=spec.layout.pp or 1, cp=spec.layout.cp or 1)
-    if want.virtual_stages > 1 and want.pipeline_schedule == "1f1b":
+    if want.virtual_stages > 1 and want.pp > 1 and want.pipeline_schedule == "1f1b":
         want = replace(want, pipeline_schedule="interleaved_1f1b")
     rows = spec.optim.batch_sequences
     dp = spec.cluster.gpus // (want.tp * want.pp * want.cp)

@@ -73,8 +73,10 @@ def saved_bytes_per_layer(model: ModelConfig, layout: Layout, plan: PlanConfig, 
 
 def memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequences: int) -> Memory:
     """Of the rank that needs most. `layout.recompute` must be one of none, selective, full here."""
+    # Elsewhere the pipeline's first rank holds most microbatches, or its last one the head.
+    ranks = range(layout.pp) if layout.pipeline_schedule == "zero_bubble" else {0, layout.pp - 1}
     return max(
-        (rank_memory(model, layout, plan, batch_sequences, rank) for rank in {0, layout.pp - 1}),
+        (rank_memory(model, layout, plan, batch_sequences, rank) for rank in ranks),
         key=lambda m: m.total_bytes,
     )
 
@@ -103,7 +105,7 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     all_logits = tokens * model.vocab_size / layout.tp
     chunks = math.ceil(all_logits / CHUNK_LOGITS)  # whose products are summed in fp32 where there are several
     head = (tokens * (NORM_BYTES * d * residual + 2 * d) + (4 if chunks > 1 else 2) * vocabulary) if last else 0.0
-    moments = frozenset({Held(layers, 1, 1, True)})
+    moments = frozenset({Held(layers, 1, 1, True, 1.0)})
     if layout.pp > 1:
         moments = _held_in_turn(groups, layout.pp, pp_rank, microbatches, layout.pipeline_schedule)
     boundary = 4 * tokens * d * residual if layout.pp > 1 else 0.0  # input and output of a group
@@ -143,14 +145,11 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
             2 * all_logits / chunks + 2 * vocabulary if chunks > 1 else -2 * vocabulary
         )
     summed = 4 * (parameters if layout.pp > 1 else sharded)
-    begin = put_off + (summed if several else 0.0)  # gradients, before the last backward pass
-    before = (
-        begin
-        + max(kept[h] + h.at_loss * (head_gradient - head) for h in moments)
-        + of_each * (pp_rank > 0 or len(groups) > 1)
-    )
+    there = {h: put_off + (h.summed * summed if several else 0.0) for h in moments}  # gradients, before a backward pass
+    before = max(there[h] + kept[h] + h.at_loss * (head_gradient - head) for h in moments)
+    before += of_each * (pp_rank > 0 or len(groups) > 1)
     working = max(
-        begin + max(kept[h] for h in moments if h.at_loss) + logits,
+        max(there[h] + kept[h] for h in moments if h.at_loss) + logits,
         before + feed,
         before - saved + reducing + feed,
         before - 2 * saved + attention_saved * (layout.recompute != "full") + reducing + own + attend,
@@ -169,12 +168,13 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
 
 
 class Held(NamedTuple):
-    """What a pipeline rank holds after a forward pass for backward passes to come, each counted once for each microbatch."""
+    """What a pipeline rank holds before a backward pass for those to come, each counted once for each microbatch."""
 
     layers: int
     groups: int
     heads: int  # passes of its last group
-    at_loss: bool  # the pass was of that group: on the pipeline's last rank, the loss
+    at_loss: bool  # a forward pass of that group was before it: on the pipeline's last rank, the loss
+    summed: float  # part of the layers that have gradients from passes before
 
 
 @lru_cache(maxsize=1 << 12)
@@ -185,16 +185,22 @@ def _held_in_turn(layers: tuple[int, ...], pp: int, pp_rank: int, microbatches: 
     after 1F1B's warm-up, interleaved (arXiv 2205.05198, section 4.2.3) or not. Zero bubble: a pass is held until its weight
     gradients are done, one more pass later on each later rank (arXiv 2401.10241, ZB-H1).
     """
-    last, zero_bubble = len(layers) - 1, schedule == "zero_bubble"
+    last = len(layers) - 1
     in_round = microbatches // max(1, microbatches // pp)
     passes = microbatches * len(layers)
-    warm_up = last * in_round + (2 if last and not zero_bubble else 1) * (pp - 1 - pp_rank)
-    put_off = pp_rank if zero_bubble else 0
+    warm_up = min(passes, last * in_round + (2 if schedule == "interleaved_1f1b" else 1) * (pp - 1 - pp_rank))
+    put_off = pp_rank if schedule == "zero_bubble" else 0
     counts, found = [0] * len(layers), set()
-    for number in range(min(passes, warm_up + put_off + 1 + in_round * len(layers))):  # then it repeats
-        counts[group := number // in_round % len(layers)] += 1
-        if (done := number - warm_up - put_off - 1) >= 0:
-            counts[last - done // in_round % len(layers)] -= 1
+    for number in range(warm_up + put_off + 1 + in_round * len(layers)):  # then it repeats, or only goes down
+        if number < passes:
+            counts[number // in_round % len(layers)] += 1
+        done = number - warm_up - put_off  # passes whose weight gradients are there
+        if done > 0:
+            counts[last - (done - 1) // in_round % len(layers)] -= 1
         in_layers = sum(count * size for count, size in zip(counts, layers, strict=True))
-        found.add(Held(in_layers, sum(counts), counts[last], group == last))
+        at_loss = number < passes and number // in_round % len(layers) == last
+        begun = min(len(layers), -(-max(0, done) // in_round))
+        found.add(
+            Held(in_layers, sum(counts), counts[last], at_loss, sum(layers[-begun:]) / sum(layers) if begun else 0.0)
+        )
     return frozenset(found)

@@ -1,6 +1,6 @@
 """Which layouts a run could have: all that the cluster allows, the fastest first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -17,16 +17,16 @@ def needed_gb(spec: RunSpec, layout: Layout) -> float:
 
 
 def fits(spec: RunSpec, layout: Layout) -> bool:
-    """Also on the fewest nodes with which cluster.min_nodes lets the run go on."""
-    return all(needed_gb(spec, size) <= spec.gpu.memory_gb for size in (layout, tightest(spec, layout)))
+    """Also on as few nodes as cluster.min_nodes lets the run go on with."""
+    return all(needed_gb(spec, size) <= spec.gpu.memory_gb for size in sizes(spec, layout))
 
 
-def tightest(spec: RunSpec, layout: Layout) -> Layout:
-    """The layout that the run shrinks to in which each rank has most to hold; `layout` itself where it does not shrink."""
+def sizes(spec: RunSpec, layout: Layout) -> Iterator[Layout]:
+    """`layout`, and those that the run may shrink to."""
     cluster, batch = spec.cluster, spec.optim.batch_sequences
-    sizes = shrink.smaller(cluster, layout, batch, cluster.nodes) if cluster.min_nodes else []
-    shrunk = [shrink.shrunk(layout, nodes * cluster.gpus_per_node, batch) for nodes in sizes]
-    return min((layout, *shrunk), key=lambda size: (size.dp_shard, size.dp))
+    yield layout
+    for nodes in shrink.smaller(cluster, layout, batch, cluster.nodes) if cluster.min_nodes else ():
+        yield shrink.shrunk(layout, nodes * cluster.gpus_per_node, batch)
 
 
 def closed(spec: RunSpec, layout: Layout) -> Layout:
@@ -63,7 +63,7 @@ def best(spec: RunSpec) -> Layout:
         want = spec.layout
         kept = [f"layout.{n}={v}" for n in ("tp", "pp", "cp", "dp_shard", "dp_replicate") if (v := getattr(want, n))]
         kept += [f"layout.virtual_stages={want.virtual_stages}"] if want.virtual_stages > 1 else []
-        kept += ["layout.pipeline_schedule=zero_bubble"] if want.pipeline_schedule == "zero_bubble" else []
+        kept += [f"layout.pipeline_schedule={want.pipeline_schedule}"] if want.pipeline_schedule != "1f1b" else []
         kept += [f"layout.microbatch_sequences={want.microbatch_sequences}"] if want.microbatch_sequences else []
         kept += [f"layout.recompute={want.recompute}"] if want.recompute != "auto" else []
         if next(_candidates(spec), None) is None:
@@ -110,22 +110,23 @@ def _candidates(spec: RunSpec) -> Iterator[Layout]:
         # Shorter pieces of a row only send more.
         [want.cp] if want.cp else [c for c in (1, 2, 4, 8, 16) if c == 1 or spec.model.sequence_length // c >= 4096],
     )
-    zero_bubble = want.pipeline_schedule == "zero_bubble"
+    schedule, stages = want.pipeline_schedule, want.virtual_stages
     for tp, pp, cp in degrees:
-        if gpus % (tp * pp * cp) or (zero_bubble and pp == 1):
+        if gpus % (tp * pp * cp) or (schedule != "1f1b" and pp == 1):
             continue
         dp = gpus // (tp * pp * cp)
-        groups = [want.virtual_stages]
-        if want.virtual_stages == 1 and pp > 1 and not zero_bubble:
-            # Even groups only: what uneven ones wait for each other, the forecast does not know.
-            groups = [v for v in range(1, 9) if layers % (pp * v) == 0] or [1]
+        groups: Sequence[int] = [stages]
+        if stages == 1 and pp > 1 and schedule != "zero_bubble":
+            groups = range(1 if schedule == "1f1b" else 2, 9)
+        # Several groups even only, unless asked for: what uneven ones wait for each other, the forecast does not know.
+        groups = [v for v in groups if v == 1 or layers % (pp * v) == 0 or (stages > 1 and want.pp)]
         rows_at_a_time = [want.microbatch_sequences] if want.microbatch_sequences else MICROBATCHES
         rows_that_divide = [rows for rows in rows_at_a_time if batch % (dp * rows) == 0]
         for shard, rows, virtual in product(_shards(want, dp, cluster.gpus_per_node), rows_that_divide, groups):
             layout = replace(
                 want, dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp, cp=cp,
                 microbatch_sequences=rows, virtual_stages=virtual,
-                pipeline_schedule="zero_bubble" if zero_bubble else "interleaved_1f1b" if virtual > 1 else "1f1b",
+                pipeline_schedule="interleaved_1f1b" if schedule == "1f1b" and virtual > 1 else schedule,
             )  # fmt: skip
             if not (
                 layout.problems(spec.model, batch, gpus, cluster.gpus_per_node)

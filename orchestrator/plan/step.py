@@ -160,7 +160,7 @@ def forecast_step(
     # A group that starts or ends within a node has as few ranks on some node.
     shard_local = shards if one_node else math.gcd(shards, node_ranks)
     # Replicas of a shard lie on one node only as far as the shards leave room.
-    room = max(1, node_ranks // shards)
+    room = node_ranks // shards if node_ranks % shards == 0 else 1
     replica_local = replicas if one_node else math.gcd(replicas, room)
     pieces = layers + 1  # collectives: one a layer, one for embedding and head
     gather_s = pieces * collective_s(2 * rank_parameters / pieces, shards, shard_local, gpu)

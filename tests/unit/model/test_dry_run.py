@@ -7,7 +7,7 @@ import pytest
 from model.dry_run import dry_run
 from orchestrator import spec as specs
 from orchestrator.cli import main
-from orchestrator.plan.memory import rank_memory
+from orchestrator.plan.memory import memory, rank_memory
 
 SMALL = "model=small model.n_layers=4"
 LAYOUTS = {
@@ -24,8 +24,16 @@ LAYOUTS = {
     "optim.batch_sequences=8 layout.recompute=selective",
     "fsdp x interleaved pp": f"{SMALL} layout.dp_shard=2 layout.pp=2 layout.virtual_stages=2 "
     "layout.pipeline_schedule=interleaved_1f1b layout.microbatch_sequences=2 cluster.gpus_per_node=4 optim.batch_sequences=16",
-    "pp, uneven stages": f"{SMALL} model.n_layers=6 layout.pp=4 layout.microbatch_sequences=2 cluster.gpus_per_node=4 "
-    "optim.batch_sequences=16",
+    "interleaved pp of one group each": f"{SMALL} layout.pp=4 layout.pipeline_schedule=interleaved_1f1b "
+    "layout.microbatch_sequences=2 cluster.gpus_per_node=4 optim.batch_sequences=16 model.n_layers=12",
+    "interleaved pp, one long round": f"{SMALL} model.n_layers=16 layout.pp=4 layout.virtual_stages=2 "
+    "layout.pipeline_schedule=interleaved_1f1b layout.microbatch_sequences=1 cluster.gpus_per_node=4 optim.batch_sequences=7",
+    "interleaved pp, two long rounds": f"{SMALL} model.n_layers=16 layout.pp=4 layout.virtual_stages=2 "
+    "layout.pipeline_schedule=interleaved_1f1b layout.microbatch_sequences=1 cluster.gpus_per_node=4 optim.batch_sequences=10",
+    "interleaved pp, as few microbatches as ranks": f"{SMALL} model.n_layers=8 layout.pp=2 layout.virtual_stages=2 "
+    "layout.pipeline_schedule=interleaved_1f1b layout.microbatch_sequences=2 cluster.gpus_per_node=2 optim.batch_sequences=4",
+    "zero bubble, a rank in the middle is fullest": f"{SMALL} model.n_layers=19 layout.pp=4 model.vocab_size=512 "
+    "layout.pipeline_schedule=zero_bubble layout.microbatch_sequences=2 cluster.gpus_per_node=4 optim.batch_sequences=16",
     "interleaved pp, the first rank's groups fuller": f"{SMALL} model.n_layers=10 layout.pp=4 layout.virtual_stages=2 "
     "layout.pipeline_schedule=interleaved_1f1b layout.microbatch_sequences=2 cluster.gpus_per_node=4 optim.batch_sequences=16",
     "interleaved pp, first groups fuller": f"{SMALL} model.n_layers=8 layout.pp=2 layout.virtual_stages=3 "
@@ -43,6 +51,14 @@ LAYOUTS = {
 }
 
 
+# Gradients of a group are there when those of another are not, and what arrives meanwhile is not in the peak.
+PEAK_ALONE = {
+    "interleaved pp, one long round",
+    "interleaved pp, two long rounds",
+    "interleaved pp, as few microbatches as ranks",
+}
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_plans_memory_is_that_of_the_trainers_code_within_5_percent(name: str) -> None:
     spec = specs.compose(LAYOUTS[name].split())
@@ -55,10 +71,13 @@ def test_the_plans_memory_is_that_of_the_trainers_code_within_5_percent(name: st
         assert plan.optimizer_bytes == pytest.approx(shape.optimizer_bytes, rel=0.05)
     fullest = max(shapes, key=lambda s: s.total_bytes)
     plan = rank_memory(spec.model, spec.layout, spec.plan, spec.optim.batch_sequences, fullest.pp_stage)
-    if spec.layout.pipeline_schedule != "zero_bubble":  # its gradients are most when its peak is not
-        assert plan.gradients_bytes == pytest.approx(fullest.gradients_bytes, rel=0.05)
-    assert plan.activations_bytes == pytest.approx(fullest.activations_bytes, rel=0.05)
+    if name not in PEAK_ALONE:
+        if spec.layout.pipeline_schedule != "zero_bubble":  # its gradients are most when its peak is not
+            assert plan.gradients_bytes == pytest.approx(fullest.gradients_bytes, rel=0.05)
+        assert plan.activations_bytes == pytest.approx(fullest.activations_bytes, rel=0.05)
     assert plan.total_bytes - plan.overhead_bytes == pytest.approx(fullest.total_bytes, rel=0.05)
+    most = memory(spec.model, spec.layout, spec.plan, spec.optim.batch_sequences)
+    assert most.total_bytes - most.overhead_bytes == pytest.approx(fullest.total_bytes, rel=0.05)
 
 
 def test_the_command_tells_every_rank_shape_and_the_plans_figures(capsys: pytest.CaptureFixture[str]) -> None:

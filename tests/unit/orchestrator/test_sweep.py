@@ -270,12 +270,16 @@ def test_points_on_slurm_are_forecast_begin_when_it_is_greenest_and_keep_off_lem
     folder.mkdir()
     lemons.add(folder / ".lemons.jsonl", "node007", "preflight")
     assert sweep.launch_sweep([*words, "name=green", *green]) == 0
-    (request,) = asked
+    (request,) = list(asked)
     assert request.array is not None
     assert request.array.count == 2
     assert request.exclude == ("node007",)
     assert request.begin is not None
     assert 22 * 3600 < int(request.begin.removeprefix("now+").removesuffix("seconds")) < 26 * 3600
+    flat = "time_utc,g_per_kwh\n" + "".join(f"{row.split(',')[0]},300\n" for row in rows)
+    (tmp_path / "grid.csv").write_text(flat)  # it begins now, and all points together
+    assert sweep.launch_sweep([*words, "name=now", *green]) == 0
+    assert len(asked) == 2
     plans = [json.loads(path.read_text()) for path in sorted(folder.glob("*/plan.json"))]
     assert len(plans) == 2
     assert all(plan["tokens_per_s"]["central"] > 0 for plan in plans)

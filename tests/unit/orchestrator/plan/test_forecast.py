@@ -9,6 +9,7 @@ import published
 import pytest
 
 from model.layout import Layout
+from orchestrator import launch
 from orchestrator import spec as specs
 from orchestrator.errors import UserError
 from orchestrator.plan import forecast
@@ -133,6 +134,11 @@ def test_layout_auto_is_at_least_as_fast_as_the_written_one_and_keeps_what_is_se
     bubbles = of_7b("layout.pipeline_schedule=zero_bubble")
     assert (bubbles.pipeline_schedule, bubbles.virtual_stages, bubbles.recompute) == ("zero_bubble", 1, "none")
     assert bubbles.pp > 1
+    schedule = of_7b("layout.pipeline_schedule=interleaved_1f1b")
+    assert schedule.pipeline_schedule == "interleaved_1f1b"
+    assert schedule.virtual_stages > 1
+    even = of_7b("layout.virtual_stages=3", "model.n_layers=30")
+    assert 30 % (even.pp * 3) == 0
     interleaved = of_7b("layout.virtual_stages=4")
     assert (interleaved.pipeline_schedule, interleaved.virtual_stages) == ("interleaved_1f1b", 4)
     with pytest.raises(UserError, match=r"has layout.pp=1 layout.virtual_stages=4: leave them to layout=auto"):
@@ -347,8 +353,13 @@ def test_layout_auto_keeps_min_nodes_where_nothing_is_calibrated() -> None:
 
 
 def test_fp32_has_no_forecast() -> None:
-    with pytest.raises(UserError, match="precision=fp32 is not calibrated, so there is no forecast"):
+    with pytest.raises(
+        UserError, match="precision=fp32 is not calibrated, so there is no forecast: set precision=auto"
+    ):
         forecast.plan(specs.compose(["experiment=llama_7b", "precision=fp32"]), NOW_S)
+    assert launch.forecast_of(specs.compose(["experiment=llama_7b", "precision=fp32"]), NOW_S) is None
+    with pytest.raises(UserError, match="each rank needs"):  # in bf16 already
+        launch.forecast_of(specs.compose(["experiment=llama_7b", "precision=fp32", "gpu.memory_gb=4"]), NOW_S)
 
 
 def test_a_save_interval_longer_than_the_run_costs_nothing() -> None:
@@ -388,6 +399,9 @@ def test_spare_nodes_cost_and_are_simulated() -> None:
     for name in ("gpu_hours", "cost_usd"):
         assert dear.figures[name].central == pytest.approx(1.25 * cheap.figures[name].central)
     assert dear.figures["energy_kwh"] == cheap.figures["energy_kwh"]
+    assert (
+        forecast.figures_json(dear)["gpu_hours"] == forecast.figures_json(cheap)["gpu_hours"]
+    )  # of the ranks, as measured
     assert any(line.startswith("cluster.spare_nodes=64") for line in dear.assumed)
     assert simulate(spares, 20).life.spare_nodes == 64
 
@@ -404,6 +418,15 @@ def test_what_the_run_does_beside_training_is_told_where_it_takes_long(words: st
     assert forecast.plan(specs.compose(["experiment=llama_7b"]), NOW_S).assumed == []
     (line,) = forecast.plan(specs.compose(["experiment=llama_7b", *words.split()]), NOW_S).assumed
     assert said in line
+
+
+def test_every_size_that_the_run_may_shrink_to_must_fit_also_where_the_smallest_is_not_the_tightest() -> None:
+    words = ["experiment=llama_7b", "cluster.nodes=14", "cluster.min_nodes=7", "optim.batch_sequences=56", "layout.tp=2",
+             "layout.pp=4", "layout.virtual_stages=4", "layout.pipeline_schedule=interleaved_1f1b", "layout.dp_shard=14",
+             "layout.microbatch_sequences=1", "layout.recompute=none", "layout.dp_replicate=1"]  # fmt: skip
+    with pytest.raises(UserError, match=r"GB on 8 nodes, which cluster\.min_nodes=7 allows"):
+        forecast.planned_layout(specs.compose([*words, "gpu.memory_gb=20"]))
+    assert forecast.planned_layout(specs.compose([*words, "gpu.memory_gb=25"])).gpus == 112
 
 
 def test_recompute_auto_is_the_least_that_fits() -> None:
