@@ -425,8 +425,8 @@ def test_every_size_that_the_run_may_shrink_to_must_fit_also_where_the_smallest_
              "layout.pp=4", "layout.virtual_stages=4", "layout.pipeline_schedule=interleaved_1f1b", "layout.dp_shard=14",
              "layout.microbatch_sequences=1", "layout.recompute=none", "layout.dp_replicate=1"]  # fmt: skip
     with pytest.raises(UserError, match=r"GB on 8 nodes, which cluster\.min_nodes=7 allows"):
-        forecast.planned_layout(specs.compose([*words, "gpu.memory_gb=20"]))
-    assert forecast.planned_layout(specs.compose([*words, "gpu.memory_gb=25"])).gpus == 112
+        forecast.planned_layout(specs.compose([*words, "gpu.memory_gb=19.5"]))
+    assert forecast.planned_layout(specs.compose([*words, "gpu.memory_gb=20"])).gpus == 112
 
 
 def test_recompute_auto_is_the_least_that_fits() -> None:
