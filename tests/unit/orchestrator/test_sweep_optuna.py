@@ -69,6 +69,18 @@ def test_the_study_ends_at_its_trials_and_tells_the_best(
     assert len(set(trainings)) == 8
 
 
+def test_a_point_that_cannot_fit_its_gpu_has_failed_and_ends_no_search(
+    trainings: Trainings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*WORDS, "gpu=h100", "gpu.memory_gb=4", "layout=fsdp", "model.n_layers=choice(2,20000)", RATES]
+    words = [w.replace("n_trials=6", "n_trials=12") for w in words]
+    sweep.launch_sweep(words)
+    said = capsys.readouterr().out
+    assert "cannot run: each rank needs" in said
+    assert trainings
+    assert "RUNNING" not in study_states()  # which the next command would take up, and fail again
+
+
 def test_a_search_that_was_cut_off_or_had_a_failure_goes_on_with_its_open_points(trainings: Trainings) -> None:
     trainings.cut_at, trainings.fail_at = (4,), (5,)
     assert sweep.launch_sweep([*WORDS, RATES]) == 1  # cut off in its fourth
