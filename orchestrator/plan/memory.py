@@ -82,8 +82,8 @@ def memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequences
 
 
 def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequences: int, pp_rank: int) -> Memory:
-    """Of a rank of the pipeline's rank `pp_rank`: the most of what it holds in the loss, and in the backward passes of the
-    first, the second and the last layer."""
+    """Of a rank of the pipeline's rank `pp_rank`: the most of what it holds in the loss, and in the backward passes of its last
+    layer, the one before, and its first."""
     microbatches = layout.accumulation_steps(batch_sequences)
     groups = tuple(map(len, stage_layers(model.n_layers, layout.pp, layout.virtual_stages)[pp_rank :: layout.pp]))
     layers = sum(groups)
@@ -101,7 +101,9 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     d, f = model.dim, model.ffn_dim
     tokens = layout.microbatch_sequences * model.sequence_length / layout.cp
     residual = 1 / layout.tp if plan.sequence_parallel else 1.0
-    saved = saved_bytes_per_layer(model, layout, plan, layout.recompute) + (2 * layer if alone else 0)
+    saved = saved_bytes_per_layer(model, layout, plan, layout.recompute) + (
+        2 * layer if alone and layout.recompute == "none" else 0
+    )
     all_logits = tokens * model.vocab_size / layout.tp
     chunks = math.ceil(all_logits / CHUNK_LOGITS)  # whose products are summed in fp32 where there are several
     head = (tokens * (NORM_BYTES * d * residual + 2 * d) + (4 if chunks > 1 else 2) * vocabulary) if last else 0.0
@@ -148,12 +150,19 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     there = {h: put_off + (h.summed * summed if several else 0.0) for h in moments}  # gradients, before a backward pass
     before = max(there[h] + kept[h] + h.at_loss * (head_gradient - head) for h in moments)
     before += of_each * (pp_rank > 0 or len(groups) > 1)
+    # In the first layer, whose backward pass comes last: the others' gradients are there, their activations gone.
+    late = (summed if several else 4 * sharded * (1 - 1 / layers)) + head_gradient
+    end = saved + attend + (0.0 if alone else 4 * ends)
+    if layout.pp == 1 and not alone:  # embedding and head alone: in bf16 and fp32 for the network, gathered no more
+        end = 4 * ends * (1 - 1 / shards) - 2 * layer
     working = max(
         max(there[h] + kept[h] for h in moments if h.at_loss) + logits,
         before + feed,
         before - saved + reducing + feed,
         before - 2 * saved + attention_saved * (layout.recompute != "full") + reducing + own + attend,
-        (summed if several else 4 * sharded) + (0.0 if alone else 4 * ends) + saved + attend,
+        late + saved + reducing + feed,
+        late + attention_saved * (layout.recompute != "full") + reducing + own + attend,
+        (summed if several else 4 * sharded) + end,
     )
     held = 12 * sharded + gathered + working
     return Memory(
