@@ -60,10 +60,10 @@ def saved_bytes_per_layer(model: ModelConfig, layout: Layout, plan: PlanConfig, 
     residual = 1 / layout.tp if plan.sequence_parallel else 1.0
     if recompute == "full":
         return 2 * tokens * d * residual
-    # Context parallel ranks keep the keys and values of whole rows.
-    attention = (2 * (2 * d + 2 * kv * layout.cp) + 4 * model.n_heads) / layout.tp
+    attention = (2 * (2 * d + 2 * kv) + 4 * model.n_heads) / layout.tp
     if recompute == "selective":
         return tokens * (4 * d * residual + attention + 4 * f / layout.tp)
+    attention += 4 * kv * (layout.cp - 1) / layout.tp  # context parallel ranks keep the keys and values of whole rows
     saved = tokens * (2 * NORM_BYTES * d * residual + 4 * d + attention + 8 * f / layout.tp)
     if plan.attention == "unfused":
         # softmax, its dropout and mask: 5 bytes a score (arXiv 2205.05198, section 4.1)
@@ -151,7 +151,8 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
     before = max(there[h] + kept[h] + h.at_loss * (head_gradient - head) for h in moments)
     before += of_each * (pp_rank > 0 or len(groups) > 1)
     # In the first layer, whose backward pass comes last: the others' gradients are there, their activations gone.
-    late = (summed if several else 4 * sharded * (1 - 1 / layers)) + head_gradient
+    gradients = max(4 * sharded, max(h.summed for h in moments) * summed if several else 0.0)
+    late = (gradients if several else 4 * sharded * (1 - 1 / layers)) + head_gradient
     end = saved + attend + (0.0 if alone else 4 * ends)
     if layout.pp == 1 and not alone:  # embedding and head alone: in bf16 and fp32 for the network, gathered no more
         end = 4 * ends * (1 - 1 / shards) - 2 * layer
@@ -162,12 +163,12 @@ def rank_memory(model: ModelConfig, layout: Layout, plan: PlanConfig, batch_sequ
         before - 2 * saved + attention_saved * (layout.recompute != "full") + reducing + own + attend,
         late + saved + reducing + feed,
         late + attention_saved * (layout.recompute != "full") + reducing + own + attend,
-        (summed if several else 4 * sharded) + end,
+        gradients + end,
     )
     held = 12 * sharded + gathered + working
     return Memory(
         parameters_bytes=4 * sharded,
-        gradients_bytes=put_off + (summed if several else 4 * sharded),
+        gradients_bytes=put_off + gradients,
         optimizer_bytes=8 * sharded,
         activations_bytes=activations,
         buffers_bytes=gathered + max(0.0, logits, feed + reducing),
@@ -183,7 +184,7 @@ class Held(NamedTuple):
     groups: int
     heads: int  # passes of its last group
     at_loss: bool  # a forward pass of that group was before it: on the pipeline's last rank, the loss
-    summed: float  # part of the layers that have gradients from passes before
+    summed: float  # part of the layers that have whole gradients from passes before
 
 
 @lru_cache(maxsize=1 << 12)
@@ -208,8 +209,9 @@ def _held_in_turn(layers: tuple[int, ...], pp: int, pp_rank: int, microbatches: 
             counts[last - (done - 1) // in_round % len(layers)] -= 1
         in_layers = sum(count * size for count, size in zip(counts, layers, strict=True))
         at_loss = number < passes and number // in_round % len(layers) == last
+        # The last round's gradients are reduced group by group, and none of them stays whole.
         begun = min(len(layers), -(-max(0, done) // in_round))
-        found.add(
-            Held(in_layers, sum(counts), counts[last], at_loss, sum(layers[-begun:]) / sum(layers) if begun else 0.0)
-        )
+        reduced = min(len(layers), max(0, done) // in_round) if in_round == microbatches else 0
+        summed = sum(layers[len(layers) - begun : len(layers) - reduced]) / sum(layers)
+        found.add(Held(in_layers, sum(counts), counts[last], at_loss, summed))
     return frozenset(found)
