@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from model.config import ModelConfig
-from model.layout import Layout, stage_layers
+from model.layout import Layout, microbatches_in_round, stage_layers
 from model.parallel import forward_backward, place_ranks, shape_part
 from model.pipeline import Pipeline
 from model.transformer import Transformer
@@ -116,7 +116,7 @@ def _step(model: ModelConfig, layout: Layout, batch_sequences: int, rank: int) -
     microbatches = layout.accumulation_steps(batch_sequences)
     enough = layout.pp + 1 if layout.pp > 1 else 2
     if layout.pp > 1 and layout.pipeline_schedule != "1f1b":  # two rounds, as long as the trainer's
-        enough = 2 * (microbatches // max(1, microbatches // layout.pp))
+        enough = 2 * microbatches_in_round(microbatches, layout.pp)
     microbatches = min(microbatches, enough)
     with _fake_ranks(layout, rank) as ranks:
         parts = _parts(model, layout, ranks)  # on the meta device: meshes need true values

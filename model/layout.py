@@ -158,6 +158,11 @@ class Layout:
         return []
 
 
+def microbatches_in_round(microbatches: int, pp: int) -> int:
+    """That a pipeline of `pp` ranks takes through each group of layers before the next one (torch's schedules)."""
+    return microbatches // max(1, microbatches // pp)
+
+
 def stage_layers(n_layers: int, pp: int, virtual_stages: int = 1) -> list[range]:
     """The layers of each stage, in order; rank r of the pipeline has the stages r, r + pp, ... The first ones are the fuller."""
     stages = pp * virtual_stages

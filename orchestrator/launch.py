@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +23,7 @@ from model.data.prepare import PreparedData, prepare
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
 from orchestrator.console import plain_console
-from orchestrator.energy.carbon import Start, greenest_start, read_series
+from orchestrator.energy.carbon import Start, start_of
 from orchestrator.errors import Failure, UserError
 from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, StepRecord, kept_steps, read_all_steps, read_events, utc_now
@@ -66,9 +65,9 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     asked, spec = spec.layout, forecast.resolved(spec)
     if missing := spec.model.not_built():
         raise UserError("\n".join(missing))
-    run_dir = RunDir(spec.run_dir.resolve())
+    run_dir, now_s = RunDir(spec.run_dir.resolve()), time.time()
     if dry_run:
-        return _dry_run(spec, run_dir, greenest(spec, forecast_of(spec, time.time()), time.time()))
+        return _dry_run(spec, run_dir, greenest(spec, forecast_of(spec, now_s), now_s))
     if is_finished(run_dir) and not _changed(run_dir, spec):
         console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
         _print_summary(console, spec, run_dir)
@@ -89,7 +88,6 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         )
     if asked != spec.layout:
         console.print(f"layout chosen      {forecast.layout_sentence(spec.layout)}")
-    now_s = time.time()
     expected = forecast_of(spec, now_s)
     start = greenest(spec, expected, now_s)
     write_run_dir(spec, run_dir, overrides)
@@ -182,16 +180,13 @@ def greenest(spec: RunSpec, expected: forecast.Plan | None, now_s: float) -> Sta
             f"carbon.start=greenest lets Slurm begin the job later, and cluster={spec.cluster.name} begins at once: "
             "choose a Slurm cluster, or carbon.start=now"
         )
-    hours = config.duration_h or (expected.figures["hours"].central if expected else None)
+    hours = expected.figures["hours"].central if expected else config.duration_h
     if hours is None:
         raise UserError(
             f"carbon.start=greenest must know how long the run takes, and {forecast.why_no_forecast(spec)} for a forecast: "
             "set carbon.duration_h"
         )
-    assert config.series
-    assert config.deadline
-    deadline_s = datetime.fromisoformat(config.deadline).timestamp()
-    return greenest_start(read_series(config.series), now_s, 3600 * hours, deadline_s)
+    return start_of(config, hours, now_s)
 
 
 def _submit(console: Console, spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:

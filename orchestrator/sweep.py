@@ -223,15 +223,16 @@ def _launch_search(
             if isinstance(spec, str):
                 print(f"{point.directory} cannot run: {spec}", flush=True)
                 continue
-            try:
-                launching.forecast_of(forecast.resolved(spec), time.time())
-            except UserError as error:
-                print(f"{point.directory} cannot run: {error}", flush=True)
-                continue
             spec.name, spec.run_root = point.directory, str(root)
-            runs[point.id] = spec
             if _finished(spec):
                 print(f"{point.directory} is finished already: its loss is taken", flush=True)
+            else:
+                try:
+                    launching.forecast_of(forecast.resolved(spec), time.time())
+                except UserError as error:
+                    print(f"{point.directory} cannot run: {error}", flush=True)
+                    continue
+            runs[point.id] = spec
         _train(root, [(p, runs[p.id]) for p in points if p.id in runs and not _finished(runs[p.id])], limit_parallel)
         return [_last_loss(s) if (s := runs.get(p.id)) and _finished(s) else None for p in chosen]
 

@@ -200,8 +200,7 @@ PLAN: tuple[Planned, ...] = (
         scene="twice",
         injected="the same command again while it runs; then as on a host that does not see the first",
         seen=r"^fenced: epoch 1 has been taken over by epoch 2",
-        # The first one goes on until one of its saves, which are written beside the steps, finds out.
-        repeats=4 * SAVE_EVERY,
+        repeats=2 * SAVE_EVERY,
     ),
     Planned(
         name="launched_twice_at_once",

@@ -248,6 +248,14 @@ class Start:
         )
 
 
+def start_of(config: CarbonConfig, hours: float, now_s: float) -> Start:
+    """The start that carbon.start=greenest comes to, of a run of carbon.duration_h or else of `hours`. Raises UserError."""
+    assert config.series
+    assert config.deadline
+    deadline_s = datetime.fromisoformat(config.deadline).timestamp()
+    return greenest_start(read_series(config.series), now_s, 3600 * (config.duration_h or hours), deadline_s)
+
+
 def greenest_start(series: Series, now_s: float, duration_s: float, deadline_s: float) -> Start:
     """The start with the least mean intensity that still ends by the deadline; the earliest of equals.
 

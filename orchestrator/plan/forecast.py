@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from typing import Any
 
 from dashboards.carbon import Range
@@ -203,11 +202,7 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
     }
     start, start_s, source = None, now_s, None
     if spec.carbon.start == "greenest":
-        assert spec.carbon.series
-        assert spec.carbon.deadline
-        deadline_s = datetime.fromisoformat(spec.carbon.deadline).timestamp()
-        window_h = spec.carbon.duration_h or hours.central
-        chosen = carbon.greenest_start(carbon.read_series(spec.carbon.series), now_s, 3600 * window_h, deadline_s)
+        chosen = carbon.start_of(spec.carbon, hours.central, now_s)
         start, start_s = chosen.describe(site.central), chosen.start_s
     if (found := carbon.carbon_forecast(site, spec.carbon, start_s, hours.central)) is not None:
         figures["co2e_kg"], source = found

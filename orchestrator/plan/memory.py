@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from model.config import ModelConfig
-from model.layout import Layout, stage_layers
+from model.layout import Layout, microbatches_in_round, stage_layers
 from orchestrator.plan.config import PlanConfig
 
 CHUNK_LOGITS = 1 << 24  # model/loss.py: logits alive at a time, without torch.compile
@@ -196,7 +196,7 @@ def _held_in_turn(layers: tuple[int, ...], pp: int, pp_rank: int, microbatches: 
     gradients are done, one more pass later on each later rank (arXiv 2401.10241, ZB-H1).
     """
     last = len(layers) - 1
-    in_round = microbatches // max(1, microbatches // pp)
+    in_round = microbatches_in_round(microbatches, pp)
     passes = microbatches * len(layers)
     warm_up = min(passes, last * in_round + (2 if schedule == "interleaved_1f1b" else 1) * (pp - 1 - pp_rank))
     put_off = pp_rank if schedule == "zero_bubble" else 0
