@@ -8,7 +8,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
+from torch.distributed._functional_collectives import all_gather_single
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -41,8 +41,7 @@ class ContextParallel:
 
     def gather(self, x_BT: Tensor) -> Tensor:
         """Whole rows, in order, from every rank's tokens (dimension 1). The gradient is summed over the ranks."""
-        gather = all_gather_tensor_autograd if torch.is_grad_enabled() else all_gather_tensor
-        parts = gather(x_BT.contiguous(), 0, self.group).chunk(self.size)
+        parts = all_gather_single(x_BT.contiguous(), 0, self.group).chunk(self.size)
         firsts, seconds = zip(*(p.chunk(2, dim=1) for p in parts), strict=True)
         return torch.cat([*firsts, *reversed(seconds)], dim=1)
 

@@ -7,7 +7,6 @@ view and the W&B mirror all follow a run that way. What the columns mean is `Ste
 import json
 import re
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pa_json
 
-from orchestrator.record import StepRecord, unix_s
+from orchestrator.record import StepRecord, unix_s, utc
 
 Column = np.ndarray[tuple[int], np.dtype[np.float64]]
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -112,7 +111,7 @@ def condensed(columns: StepColumns, apart: set[int]) -> list[StepRecord]:
     lasts = np.append(firsts[1:], len(columns)) - 1
     return [
         StepRecord(
-            time_utc=_utc(columns.time_s[last]),
+            time_utc=utc(float(columns.time_s[last])),
             attempt=int(attempt[last]),
             step=int(step[last]),
             tokens=int(columns["tokens"][last]),
@@ -185,7 +184,3 @@ def _joined(blocks: list[StepColumns]) -> StepColumns:
         np.concatenate([b.time_s for b in blocks]),
         {name: np.concatenate([b.number[name] for b in blocks]) for name in NUMBERS},
     )
-
-
-def _utc(time_s: float) -> str:
-    return datetime.fromtimestamp(float(time_s), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -13,9 +14,13 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 
+def utc(time_s: float) -> str:
+    """Seconds since 1970 as they stand in every record: ISO 8601, UTC, milliseconds."""
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def utc_now() -> str:
-    """The time as it stands in every record: ISO 8601, UTC, milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return utc(time.time())
 
 
 def unix_s(time_utc: str) -> float:

@@ -314,9 +314,12 @@ class CheckpointStore:
             return True
         for info in policy.history(self.steps(), read_epochs(self.storage)):
             if info.step == step:
-                self.storage.put(f"{info.name}/{VETTED}", b"")
+                self._mark_vetted(info)
                 return True
         return False
+
+    def _mark_vetted(self, info: CheckpointInfo) -> None:
+        self.storage.put(f"{info.name}/{VETTED}", b"")
 
     def _watch_lease(self) -> None:
         """Rank 0's thread: who is overtaken is told soon, not at the next save, which may be half an hour away."""
@@ -579,7 +582,7 @@ class CheckpointStore:
         }
         written = self.storage.put(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
         if job.vetted:
-            self.storage.put(f"{folder}/{VETTED}", b"")
+            self._mark_vetted(job.info)
         self.storage.sync(folder)
         self.storage.sync()
         job.lease.check()
@@ -589,12 +592,12 @@ class CheckpointStore:
     def _tidy(self, job: _Job) -> None:
         told = job.vetted  # perhaps only since the marker is on its way
         if told:
-            self.storage.put(f"{job.info.name}/{VETTED}", b"")
+            self._mark_vetted(job.info)
         for info in policy.removable(self.steps(), self.config, read_epochs(self.storage), job.info.epoch):
             self._remove(info)
             self._event("removed", info.step, f"{info.name} removed" + ("" if info.committed else " (never committed)"))
         if job.vetted and not told:  # removing can take longer than a few steps
-            self.storage.put(f"{job.info.name}/{VETTED}", b"")
+            self._mark_vetted(job.info)
 
     def _remove(self, info: CheckpointInfo) -> None:
         """The marker first: a removal that is killed leaves debris, never half a checkpoint."""

@@ -15,9 +15,10 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+
+from orchestrator.record import unix_s, utc
 
 # How a figure was got, the best first. `counter`: the hardware's own energy counter. `sampled`: power over time.
 # `modelled`: computed from load or size (no meter). `estimated`: nobody looked; filled in from the device's mean power.
@@ -84,10 +85,9 @@ def kind_of(device: str) -> str:
 
 def encode(tick: Tick) -> str:
     """One line, ended by a newline; the CRC-32 is over everything before it."""
-    time_utc = datetime.fromtimestamp(tick.time_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     body = json.dumps(
         {
-            "time_utc": time_utc,
+            "time_utc": utc(tick.time_s),
             "node": tick.node,
             "boot": tick.boot,
             "sampler": tick.sampler,
@@ -110,7 +110,7 @@ def decode(line: str, run: str = "") -> Tick | None:
         return None
     v = json.loads(head + "}")
     return Tick(
-        time_s=datetime.fromisoformat(v["time_utc"]).timestamp(),
+        time_s=unix_s(v["time_utc"]),
         node=v["node"],
         boot=v["boot"],
         sampler=v["sampler"],

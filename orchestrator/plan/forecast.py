@@ -104,8 +104,15 @@ def saves_every_steps(spec: RunSpec, step_s: float) -> int:
     return best_save_interval(spec, step_s).steps if every == AUTO else min(int(every), spec.steps)  # the last is saved
 
 
+def _missing(spec: RunSpec) -> list[str]:
+    """The constants of the GPU that the forecast needs and does not have."""
+    return [
+        f"gpu.{name}" for name in ("matmul_fraction", "attention_fraction", "cores") if getattr(spec.gpu, name) is None
+    ]
+
+
 def is_calibrated(spec: RunSpec) -> bool:
-    return None not in (spec.gpu.matmul_fraction, spec.gpu.attention_fraction, spec.gpu.cores)
+    return not _missing(spec)
 
 
 def why_no_forecast(spec: RunSpec) -> str:
@@ -121,8 +128,7 @@ def planned_layout(spec: RunSpec) -> Layout:
         way_out = (
             "set precision=auto"
             if is_calibrated(spec)
-            else "choose gpu=a100_80gb, h100, h200, b200 or mi300x, or give gpu.matmul_fraction, gpu.attention_fraction and "
-            "gpu.cores"
+            else f"choose gpu=a100_80gb, h100, h200, b200 or mi300x as it is, or set {', '.join(_missing(spec))}"
         )
         raise UserError(f"{why}, so there is no forecast: {way_out}")
     return fitting_layout(spec)

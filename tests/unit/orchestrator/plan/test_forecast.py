@@ -440,6 +440,8 @@ def test_recompute_auto_is_the_least_that_fits() -> None:
 def test_a_gpu_that_nobody_calibrated_has_no_forecast() -> None:
     with pytest.raises(UserError, match="gpu=cpu is not calibrated"):
         forecast.plan(specs.compose([]), NOW_S)
+    with pytest.raises(UserError, match=r"gpu=a100_80gb is not calibrated.* as it is, or set gpu.cores$"):
+        forecast.plan(specs.compose(["experiment=llama_7b", "gpu.cores=null"]), NOW_S)
 
 
 def test_plan_prints_json_with_units_and_imports_no_torch() -> None:
@@ -481,3 +483,24 @@ def test_the_commands_of_the_documentation_run(capsys: pytest.CaptureFixture[str
     for words in commands:
         assert main(words) == 0
         assert capsys.readouterr().out
+
+
+def test_shards_and_replicas_that_cross_nodes_unevenly_gain_nothing_from_faster_links_within_one() -> None:
+    """Three shards on nodes of 8: every group of ranks, of shards or of replicas, has a border between nodes."""
+
+    def step_s(shards: int, link: int) -> float:
+        words = ["experiment=llama_7b", "cluster.nodes=3", "cluster.gpus_per_node=8", "optim.batch_sequences=96"]
+        words += [f"layout.dp_shard={shards}", f"layout.dp_replicate={24 // shards}", "layout.microbatch_sequences=4"]
+        words += ["gpu.memory_gb=320", f"gpu.intra_node_gb_per_s={link}"]
+        return forecast.plan(specs.compose(words), NOW_S).step.step_s
+
+    assert step_s(3, 30) == step_s(3, 300)  # the network has 25 GB/s a GPU
+    assert step_s(4, 30) > step_s(4, 300)
+
+
+def test_an_open_layout_of_a_gpu_without_forecast_keeps_its_groups_of_layers() -> None:
+    words = ["cluster=slurm", "cluster.nodes=1", "cluster.gpus_per_node=8", "gpu=h100", "gpu.cores=null", "layout=auto"]
+    words += ["layout.pp=2", "layout.virtual_stages=2", "model.n_layers=8", "optim.batch_sequences=64"]
+    layout = forecast.resolved(specs.compose(words)).layout
+    assert (layout.pp, layout.virtual_stages, layout.pipeline_schedule) == (2, 2, "interleaved_1f1b")
+    assert layout.gpus == 8
