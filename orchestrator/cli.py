@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         _simulate,
         "live a run many times under failures: ETTR, the best checkpoint interval, what spares buy",
         "Failures of nodes and racks, failed restarts, spares and waits for nodes, at the rates of the group plan (plan.*).\n"
-        "Example: arriero simulate experiment=llama_65b plan.spare_nodes=4 --picture ettr.svg",
+        "Example: arriero simulate experiment=llama_65b cluster.spare_nodes=4 --picture ettr.svg",
     )
     _takes_overrides(simulate)
     simulate.add_argument("--seeds", type=int, default=1000, help="lives (default 1000)")

@@ -19,13 +19,12 @@ class PlanConfig:
     failures_per_1000_node_days: list[float] = field(default_factory=lambda: [2.34, 3.79, 16.0])  # nodes of 8 GPUs
     restart_s: list[float] = field(default_factory=lambda: [180.0, 600.0, 1800.0])  # from a failure to training again
     save_gb_per_s: float = 10.0  # per GPU, into the host's memory: for this long training waits for a save
-    # For `arriero simulate`.
+    # For `arriero simulate`, with cluster.spare_nodes.
     rack_nodes: int = 16  # that fail together
     rack_share: float = 0.05  # of the failures take the whole rack (power, switch)
     failed_restart_share: float = 0.1  # of the restarts do not come up and are tried again
-    spare_nodes: int = 0  # kept in the allocation
     repair_h: float = 24.0  # until a node that failed is back
-    queue_wait_s: float = 3600.0  # mean wait for a node in place of one that failed, where no spare is left
+    queue_wait_s: float = 3600.0  # mean wait for each node in place of one that failed, where no spare is left
 
     def problems(self) -> list[str]:
         found = []
@@ -41,7 +40,7 @@ class PlanConfig:
         for name in ("save_gb_per_s", "gradient_bytes", "rack_nodes"):
             if getattr(self, name) <= 0:
                 found.append(f"plan.{name}={getattr(self, name)} must be above 0")
-        for name in ("spare_nodes", "repair_h", "queue_wait_s"):
+        for name in ("repair_h", "queue_wait_s"):
             if getattr(self, name) < 0:
                 found.append(f"plan.{name}={getattr(self, name)} must be 0 or more")
         return found

@@ -17,6 +17,8 @@ from orchestrator.plan.step import Step
 from orchestrator.spec import RunSpec
 
 PRIOR_FAILURES = 2  # published rates lie a factor of two around the central one: as unsure as two failures leave one
+NEVER_ENDS = 0.01  # of ETTR: a hundred times the work is no run
+HARDLY = 0.2  # of ETTR at the highest rate of failures, below which it is told
 SINCE_HOPPER = ("h100", "h200", "b200")
 SPEED_MARGIN = 0.12  # of a step's time: how far published tables lie from the forecast (docs/plan.md)
 
@@ -57,8 +59,18 @@ class Plan:
 
 
 def ettr(failures_per_s: float, restart_s: float, interval_s: float, save_s: float) -> float:
-    """Effective training time ratio (arXiv 2410.21680): what failures, redone work and saves leave of the time."""
-    return max(0.0, 1 - failures_per_s * (restart_s + interval_s / 2)) / (1 + save_s / interval_s)
+    """Effective training time ratio: what failures, redone work and saves leave of the time.
+
+    Failures come while the run trains, at a constant rate, and throw it back to the last save: an interval with its save takes
+    (exp(rate x both) - 1) / rate of training, and a restart for each of exp(rate x both) - 1 failures (Daly, 2006, without
+    failures while it restarts). To first order that is arXiv 2410.21680's 1 - rate x (restart + interval / 2); unlike that it
+    holds where failures are frequent.
+    """
+    both_s = interval_s + save_s
+    if failures_per_s == 0:
+        return interval_s / both_s
+    failures = math.expm1(min(failures_per_s * both_s, 500.0))  # of each interval that is saved
+    return interval_s / (failures * (1 / failures_per_s + restart_s))
 
 
 def save_s(spec: RunSpec) -> float:
@@ -167,16 +179,16 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
     every_steps = saves_every_steps(spec, step.step_s)
     every_s = every_steps * step.step_s
     ratios = [ettr(r, u, every_s, pause) for r, u in zip(rates, spec.plan.restart_s, strict=True)]
-    if min(ratios) <= 0:
-        oftener = best_save_interval(spec, step.step_s, rate=2).steps
-        if ettr(rates[2], spec.plan.restart_s[2], oftener * step.step_s, pause) <= 0:
+    if ratios[1] < NEVER_ENDS:
+        oftener = best_save_interval(spec, step.step_s).steps
+        never = f"one failure comes every {1 / rates[1]:,.0f} s of training"
+        if ettr(rates[1], spec.plan.restart_s[1], oftener * step.step_s, pause) < NEVER_ENDS:
             raise UserError(
-                f"at the highest rate of failures one comes every {1 / rates[2]:,.0f} s of training, and a restart takes up to "
-                f"{spec.plan.restart_s[2]:,.0f} s: no time is left to train. Lower plan.failures_per_1000_node_days or "
-                f"plan.restart_s, or take fewer nodes"
+                f"{never}, and a restart takes {spec.plan.restart_s[1]:,.0f} s: no time is left to train. Lower "
+                "plan.failures_per_1000_node_days or plan.restart_s, or take fewer nodes"
             )
         raise UserError(
-            f"a save every {every_s:,.0f} s is too seldom for this rate of failures: set checkpoint.every_steps={oftener}"
+            f"{never}: a save every {every_s:,.0f} s is too seldom. Set checkpoint.every_steps={oftener}"
             + ("" if spec.checkpoint.every_steps == AUTO else ", or auto")
         )
     ratio = Range(ratios[2], ratios[1], ratios[0])
@@ -217,9 +229,17 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
         figures["cost_usd"] = Range(allocated.low * usd[0], allocated.central * usd[1], allocated.high * usd[2])
     return Plan(
         layout=layout, memory=used, step=step, figures=figures,
-        restarts=Range(*(r * 3600 * h for r, h in zip(rates, (hours.low, hours.central, hours.high), strict=True))),
+        restarts=Range(
+            *(
+                rate * 3600 * h / (1 + rate * restart)  # of the time, what is training
+                for rate, restart, h in zip(
+                    rates, spec.plan.restart_s, (hours.low, hours.central, hours.high), strict=True
+                )
+            )
+        ),
         save_s=pause, every_steps=every_steps, best_interval=best_save_interval(spec, step.step_s),
-        carbon_source=source, start=start, assumed=[*assumed(spec, layout), *not_counted(spec, hours.central)],
+        carbon_source=source, start=start,
+        assumed=[*assumed(spec, layout), *not_counted(spec, hours.central, ratio)],
         rank0_tensors_bytes=rank0.total_bytes - rank0.overhead_bytes,
     )  # fmt: skip
 
@@ -250,9 +270,16 @@ def assumed(spec: RunSpec, layout: Layout) -> list[str]:
     return [text for text, holds in told.items() if holds]
 
 
-def not_counted(spec: RunSpec, hours: float) -> list[str]:
+def not_counted(spec: RunSpec, hours: float, ratio: Range) -> list[str]:
     """What this run does beside training, and the forecast leaves out."""
     cluster, told = spec.cluster, []
+    if spec.plan.failures_per_1000_node_days[1]:
+        told.append(
+            "waits for nodes in place of lost ones, failed racks and failed restarts are not counted: `arriero simulate` does"
+        )
+    if ratio.low < HARDLY:
+        often_s = mttf_s(spec, rate=2)
+        told.append(f"the highest rate of failures, one every {often_s:,.0f} s of training, leaves {ratio.low:.2g} of the time")
     restarts = int(hours * 60 / cluster.time_limit_min) if cluster.kind == "slurm" else 0
     if restarts * spec.plan.restart_s[1] > 0.01 * 3600 * hours:
         told.append(f"cluster.time_limit_min={cluster.time_limit_min}: {restarts:,} requeues by it are not counted")

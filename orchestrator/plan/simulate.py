@@ -43,12 +43,15 @@ class Life:
 def wall_s(life: Life, seeds: int, seed: int = 1) -> FloatArray:
     """How long each of `seeds` lives takes [seeds]. Infinite where it never ends.
 
-    Failures come at a constant rate while the run trains. Half to one and a half of the mean is a restart's time, waits
-    are exponential; a node that failed comes back as a spare after its repair.
+    Failures come at a constant rate while the run trains. Half to one and a half of the mean is a restart's time. What spares
+    do not replace, the queue does: each missing node comes after an exponential time or after the repair of the lost one, and
+    the run waits for the last. A lost node whose place a spare took is a spare after its repair.
     """
     random = np.random.default_rng(seed)
     time, saved = np.zeros(seeds), np.zeros(seeds)
-    free_at = np.zeros((seeds, life.spare_nodes))  # when each spare can be taken
+    # When each spare can be taken. A ring from `first` on, in order: who is taken first is back first.
+    free_at, first = np.zeros((seeds, life.spare_nodes)), np.zeros(seeds, dtype=int)
+    reach = np.arange(min(life.spare_nodes, max(life.rack_nodes, 1)))  # more are never lost at once
     alive = np.arange(seeds)
     for _ in range(MAX_OUTAGES):
         left_s = life.work_s - saved[alive]
@@ -66,15 +69,15 @@ def wall_s(life: Life, seeds: int, seed: int = 1) -> FloatArray:
         saved[alive] += life.interval_s * np.floor(to_failure_s / (life.interval_s + life.save_s))
         lost_nodes = np.where(random.random(len(alive)) < life.rack_share, life.rack_nodes, 1)
         now = time[alive] + to_failure_s
-        order = np.argsort(free_at[alive], axis=1)
-        ready = np.take_along_axis(free_at[alive], order, axis=1) <= now[:, None]
-        short = ready.sum(axis=1) < lost_nodes
-        wait_s = np.where(short, random.exponential(max(life.queue_wait_s, 1e-9), len(alive)), 0.0)
-        taken = ready & (np.arange(life.spare_nodes)[None, :] < lost_nodes[:, None])
-        spares = free_at[alive]
-        ranked = np.where(taken, now[:, None] + life.repair_s, np.take_along_axis(spares, order, axis=1))
-        np.put_along_axis(spares, order, ranked, axis=1)
-        free_at[alive] = spares
+        if life.spare_nodes:
+            at = (alive[:, None], (first[alive, None] + reach) % life.spare_nodes)
+            taken = (free_at[at] <= now[:, None]) & (reach < lost_nodes[:, None])
+            free_at[at] = np.where(taken, now[:, None] + life.repair_s, free_at[at])
+            first[alive] += taken.sum(axis=1)
+            lost_nodes = lost_nodes - taken.sum(axis=1)
+        # The last of n exponential times, by the inverse of its distribution; 0 for none.
+        last = -np.log1p(-(random.random(len(alive)) ** (1 / np.maximum(lost_nodes, 1))))
+        wait_s = np.where(lost_nodes > 0, np.minimum(life.queue_wait_s * last, life.repair_s), 0.0)
         tries = random.geometric(1 - life.failed_restart_share, len(alive))
         restart_s = tries * life.restart_s * random.uniform(0.5, 1.5, len(alive))
         time[alive] = now + wait_s + restart_s
@@ -120,25 +123,29 @@ class Simulation:
                 {"interval_s": i, **{f"ettr_p{p}": e for p, e in zip(PERCENTILES, band, strict=True)}}
                 for i, band in zip(self.intervals_s, self.interval_ettr, strict=True)
             ],
-            "spares": [{"spare_nodes": n, "ettr_p50": e} for n, e in self.spares.items()],
+            "spares": [
+                {"spare_nodes": n, "ettr_p50": e, "ettr_of_all_nodes_p50": self._of_all_nodes(n)}
+                for n, e in self.spares.items()
+            ],
         }
 
+    def _of_all_nodes(self, spares: int) -> float:
+        """What is useful of the time of all nodes that are held, spares too."""
+        return self.spares[spares] * self.nodes / (self.nodes + spares)
+
     def table(self) -> str:
+        rate = self.life.failures_per_s
         rows = [
-            f"{self.seeds:,} lives of {self.nodes} nodes, a failure "
-            + (
-                f"every {1 / self.life.failures_per_s / 3600:.1f} h of training"
-                if self.life.failures_per_s
-                else "never"
-            ),
+            f"{self.seeds:,} lives of {self.nodes:,} node{'s' if self.nodes > 1 else ''}, "
+            + (f"a failure every {1 / rate / 3600:.1f} h of training" if rate else "without failures"),
             f"ETTR     5% of lives below {self.ettr[0]:.3f}, half below {self.ettr[1]:.3f}, 95% below {self.ettr[2]:.3f}; "
             f"the closed formula, which knows no queue, rack or failed restart, says {self.formula_ettr:.3f}",
             f"days     5% of lives take less than {self.days[0]:.1f}, half {self.days[1]:.1f}, 95% {self.days[2]:.1f}",
             f"saving   every {self.life.interval_s:,.0f} s now; best every {self.best_interval_s:,.0f} s "
             f"(checkpoint.every_steps={self.best_every_steps}); Young's formula {self.young_interval_s:,.0f} s",
-            "spares   "
-            + ", ".join(f"{n}: {e:.3f}" for n, e in self.spares.items())
-            + "   (median ETTR by spare nodes)",
+            "spares   " + ", ".join(f"{n}: {e:.3f}" for n, e in self.spares.items()) + "   (median ETTR by spare nodes)",
+            "         " + ", ".join(f"{n}: {self._of_all_nodes(n):.3f}" for n in self.spares) + "   (of the time of all "
+            "nodes, the spares too)",
         ]
         return "\n".join(rows)
 
@@ -171,7 +178,7 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
         failed_restart_share=spec.plan.failed_restart_share,
         rack_share=spec.plan.rack_share,
         rack_nodes=min(spec.plan.rack_nodes, spec.cluster.nodes),
-        spare_nodes=max(spec.plan.spare_nodes, spec.cluster.spare_nodes),
+        spare_nodes=spec.cluster.spare_nodes,
         repair_s=3600 * spec.plan.repair_h,
         queue_wait_s=spec.plan.queue_wait_s,
     )

@@ -25,8 +25,11 @@ def test_without_failures_only_saves_take_time() -> None:
     assert ettr(replace(PLAIN, failures_per_s=0), 3) == pytest.approx(600 / 610, rel=1e-4)
 
 
-@pytest.mark.parametrize(("rate", "interval_s", "save_s"), [(0.5, 600, 0.1), (1, 600, 10), (4, 1800, 60), (6, 120, 1)])
-def test_the_mean_agrees_with_the_closed_formula_where_failures_are_rare(
+@pytest.mark.parametrize(
+    ("rate", "interval_s", "save_s"),
+    [(0.5, 600, 0.1), (1, 600, 10), (4, 1800, 60), (6, 120, 1), (48, 60, 1), (96, 600, 30), (200, 60, 0)],
+)
+def test_the_mean_agrees_with_the_closed_formula_where_there_is_neither_queue_nor_rack(
     rate: float, interval_s: float, save_s: float
 ) -> None:
     life = replace(PLAIN, failures_per_s=rate / DAY, interval_s=interval_s, save_s=save_s)
@@ -51,6 +54,29 @@ def test_each_hardship_costs_and_spares_give_back() -> None:
     few = replace(hard, spare_nodes=16)
     assert np.mean(ettr(replace(few, rack_share=0.5), 1000)) < spared[2]
     assert np.mean(ettr(replace(few, failed_restart_share=0.5), 1000)) < spared[2]
+
+
+def test_the_whole_rack_is_waited_for() -> None:
+    """Without spares 16 nodes keep a run waiting for the last of them: 3.4 times one node's mean, the 16th harmonic number."""
+    racks = replace(PLAIN, failures_per_s=4 / DAY, queue_wait_s=3600, repair_s=100 * DAY, rack_share=0.999, rack_nodes=16)
+    nodes = replace(racks, rack_share=0.0)
+
+    def waits_s(life: Life) -> float:
+        return float(np.mean(wall_s(life, 500)) - np.mean(wall_s(replace(life, queue_wait_s=0), 500)))
+
+    assert waits_s(racks) / waits_s(nodes) == pytest.approx(sum(1 / n for n in range(1, 17)), rel=0.05)
+    some = replace(racks, spare_nodes=15, repair_s=0.0)  # always all there: one node is waited for
+    assert waits_s(replace(some, repair_s=1.0)) < 0.01 * waits_s(nodes)  # ... until the lost one is repaired
+    assert np.mean(ettr(replace(racks, repair_s=600), 500)) > np.mean(ettr(racks, 500)) + 0.3
+
+
+def test_spares_are_taken_in_turn_and_come_back_after_their_repair() -> None:
+    """Two nodes fail at once, always; with k spares the first k outages of a repair's time find theirs."""
+    twos = replace(PLAIN, failures_per_s=8 / DAY, rack_share=0.999, rack_nodes=2, queue_wait_s=7200, repair_s=DAY / 2)
+    means = [float(np.mean(ettr(replace(twos, spare_nodes=n), 1000))) for n in (0, 1, 2, 4, 8, 64)]
+    assert means == sorted(means)
+    assert means[-1] == pytest.approx(float(np.mean(ettr(replace(twos, queue_wait_s=0), 1000))), abs=0.002)
+    assert means[0] < means[-1] - 0.3
 
 
 def test_a_seed_gives_the_same_lives() -> None:
