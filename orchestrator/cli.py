@@ -503,6 +503,8 @@ def _simulate(args: argparse.Namespace) -> int:
         raise UserError(f"--picture {args.picture}: the folder {args.picture.parent} does not exist")
     if args.picture and args.picture.is_dir():
         raise UserError(f"--picture {args.picture} is a folder: give a file in it, such as {args.picture / 'ettr.svg'}")
+    if args.picture and args.picture.suffix != ".svg":
+        raise UserError(f"--picture {args.picture}: the picture is an SVG, name it {args.picture.with_suffix('.svg')}")
     found = simulate(spec.compose(args.overrides, args.config_dir), args.seeds)
     if args.picture:
         args.picture.write_text(found.picture(), encoding="utf-8")

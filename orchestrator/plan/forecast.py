@@ -25,6 +25,7 @@ SPEED_MARGIN = 0.12  # of a step's time: how far published tables lie from the f
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    spec: RunSpec
     layout: Layout
     memory: Memory
     step: Step
@@ -40,6 +41,13 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "model": self.spec.model.name,
+            "cluster": self.spec.cluster.name,
+            "gpu": self.spec.gpu.name,
+            "gpus": self.layout.gpus,
+            "nodes": self.spec.cluster.nodes,
+            "steps": self.spec.steps,
+            "tokens_per_step": self.spec.optim.batch_sequences * self.spec.model.sequence_length,
             "layout": asdict(self.layout),
             "memory": asdict(self.memory),
             "step": asdict(self.step),
@@ -158,8 +166,12 @@ def fitting_layout(spec: RunSpec) -> Layout:
             where = f" on {nodes} nodes, which cluster.min_nodes={spec.cluster.min_nodes} allows,"
         ways = nearest(spec, layout)
         raise UserError(
-            f"each rank needs {need:.1f} GB{where} and a {spec.gpu.name} has {spec.gpu.memory_gb:g} GB. "
-            + ("Nearest layouts that fit:\n  " + "\n  ".join(ways) if ways else "No layout fits: take more nodes.")
+            f"each rank needs {need:.1f} GB{where} and gpu={spec.gpu.name} has {spec.gpu.memory_gb:g} GB. "
+            + (
+                "Nearest layouts that fit, and the fastest:\n  " + "\n  ".join(ways)
+                if ways
+                else "No layout fits: take more nodes."
+            )
         )
     return layout
 
@@ -228,7 +240,7 @@ def plan(spec: RunSpec, now_s: float) -> Plan:
         usd = spec.gpu.usd_per_hour
         figures["cost_usd"] = Range(allocated.low * usd[0], allocated.central * usd[1], allocated.high * usd[2])
     return Plan(
-        layout=layout, memory=used, step=step, figures=figures,
+        spec=spec, layout=layout, memory=used, step=step, figures=figures,
         restarts=Range(
             *(
                 rate * 3600 * h / (1 + rate * restart)  # of the time, what is training
@@ -279,7 +291,9 @@ def not_counted(spec: RunSpec, hours: float, ratio: Range) -> list[str]:
         )
     if ratio.low < HARDLY:
         often_s = mttf_s(spec, rate=2)
-        told.append(f"the highest rate of failures, one every {often_s:,.0f} s of training, leaves {ratio.low:.2g} of the time")
+        told.append(
+            f"the highest rate of failures, one every {often_s:,.0f} s of training, leaves {ratio.low:.2g} of the time"
+        )
     restarts = int(hours * 60 / cluster.time_limit_min) if cluster.kind == "slurm" else 0
     if restarts * spec.plan.restart_s[1] > 0.01 * 3600 * hours:
         told.append(f"cluster.time_limit_min={cluster.time_limit_min}: {restarts:,} requeues by it are not counted")
@@ -352,8 +366,11 @@ def layout_sentence(layout: Layout) -> str:
 
 
 def table(found: Plan) -> str:
-    mem, step = found.memory, found.step
+    mem, step, spec = found.memory, found.step, found.spec
+    cluster, step_tokens = spec.cluster, spec.optim.batch_sequences * spec.model.sequence_length
     lines = [
+        f"run      {spec.model.name}, {spec.steps:,} steps of {step_tokens:,} tokens on "
+        f"{cluster.nodes:,} node{'s' if cluster.nodes > 1 else ''} of {cluster.gpus_per_node} {spec.gpu.name}",
         f"layout   {layout_sentence(found.layout)}",
         "memory   "
         + ", ".join(
@@ -364,13 +381,16 @@ def table(found: Plan) -> str:
         f"({step.hardware_tflops_per_gpu:.4g} with what is computed again): "
         + ", ".join(
             f"{k.removesuffix('_s').replace('_', ' ')} {100 * v / step.step_s:.1f}%"
-            for k, v in asdict(step).items()
-            if k.endswith("_s") and k not in ("step_s", "tokens_per_s") and v / step.step_s >= 0.001
+            for k, v in step.parts_s.items()
+            if v / step.step_s >= 0.001
         ),
+        f"links    communication that nothing hides: {100 * (step.exposed_s - step.exposed_between_nodes_s) / step.step_s:.1f}% "
+        f"inside nodes, {100 * step.exposed_between_nodes_s / step.step_s:.1f}% between them",
         "",
         f"{'':22}{'low':>16}{'central':>16}{'high':>16}",
     ]
-    shown = {**found.figures, "restarts": found.restarts}
+    shown = dict(_shown(name, figure) for name, figure in found.figures.items()) | {"restarts": found.restarts}
+    del shown["hours" if shown["days"].central >= 1 else "days"]
     lines += [f"{k:22}{_n(v.low):>16}{_n(v.central):>16}{_n(v.high):>16}" for k, v in shown.items()]
     lines += ["", f"saves    every {found.every_steps:,} steps ({found.every_steps * step.step_s:,.0f} s); best every "
               f"{found.best_interval.steps:,} (checkpoint.every_steps=auto): {found.best_interval.why}"]  # fmt: skip
@@ -379,6 +399,17 @@ def table(found: Plan) -> str:
         lines.append(found.start)
     lines += [f"assumed  {text}" for text in found.assumed]
     return "\n".join(lines)
+
+
+def _shown(name: str, figure: Range) -> tuple[str, Range]:
+    """A figure in the unit that a person reads."""
+    if name == "memory_bytes":
+        return "memory_gb", figure * 1e-9
+    if name.endswith("_kwh") and figure.central >= 10_000:
+        return name.removesuffix("kwh") + "mwh", figure * 1e-3
+    if name == "co2e_kg" and figure.central >= 10_000:
+        return "co2e_t", figure * 1e-3
+    return name, figure
 
 
 def _n(value: float) -> str:

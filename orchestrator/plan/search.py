@@ -11,6 +11,9 @@ from orchestrator.plan.memory import memory
 from orchestrator.plan.step import Step, forecast_step
 from orchestrator.spec import RunSpec
 
+ROW_PARTS_TOKENS = (4096, 512)
+"""Context parallel ranks have at least so many tokens of a row; fewer, which only send more, where nothing else is there."""
+
 
 def needed_gb(spec: RunSpec, layout: Layout) -> float:
     return memory(spec.model, layout, spec.plan, spec.optim.batch_sequences).total_bytes / 1e9
@@ -40,12 +43,15 @@ def closed(spec: RunSpec, layout: Layout) -> Layout:
 
 def layouts(spec: RunSpec) -> list[tuple[Step, Layout]]:
     """Every layout that fits, fastest first; degrees of `spec.layout` that are not 0 are kept."""
-    found = []
-    for layout in _candidates(spec):
-        layout = closed(spec, layout)
-        if fits(spec, layout):
-            found.append((step_of(spec, layout), layout))
-    return sorted(found, key=lambda pair: pair[0].step_s)
+    for part_tokens in ROW_PARTS_TOKENS:
+        found = []
+        for layout in _candidates(spec, part_tokens):
+            layout = closed(spec, layout)
+            if fits(spec, layout):
+                found.append((step_of(spec, layout), layout))
+        if found:
+            return sorted(found, key=lambda pair: pair[0].step_s)
+    return []
 
 
 def step_of(spec: RunSpec, layout: Layout) -> Step:
@@ -66,13 +72,14 @@ def best(spec: RunSpec) -> Layout:
         kept += [f"layout.pipeline_schedule={want.pipeline_schedule}"] if want.pipeline_schedule != "1f1b" else []
         kept += [f"layout.microbatch_sequences={want.microbatch_sequences}"] if want.microbatch_sequences else []
         kept += [f"layout.recompute={want.recompute}"] if want.recompute != "auto" else []
-        if next(_candidates(spec), None) is None:
+        if next(_candidates(spec, ROW_PARTS_TOKENS[-1]), None) is None:
             elastic = f" that can go on with {least} nodes" if (least := spec.cluster.min_nodes) else ""
             raise UserError(
                 f"no layout of {spec.cluster.gpus} GPUs for model={spec.model.name} and "
                 f"optim.batch_sequences={spec.optim.batch_sequences}{elastic} "
                 + (f"has {' '.join(kept)}: leave them to layout=auto, or choose " if kept else "is there: choose ")
-                + "divisors of the model's heads and sizes, of the batch and of the cluster"
+                + "divisors of the model's heads and sizes, of the batch and of the cluster, and rows a step for every data "
+                "parallel rank and pipeline stage (optim.batch_sequences)"
             )
         raise UserError(
             f"no layout of model={spec.model.name} fits {spec.cluster.gpus} GPUs of {spec.gpu.memory_gb:g} GB: "
@@ -94,11 +101,15 @@ def with_rows(spec: RunSpec, layout: Layout) -> list[Layout]:
     ]
 
 
+def _powers_of_two(most: int) -> list[int]:
+    return [2**n for n in range(most.bit_length())]
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _candidates(spec: RunSpec) -> Iterator[Layout]:
+def _candidates(spec: RunSpec, part_tokens: int) -> Iterator[Layout]:
     want, gpus, layers = spec.layout, spec.cluster.gpus, spec.model.n_layers
     batch, cluster = spec.optim.batch_sequences, spec.cluster
     if not want.has_open_degrees:
@@ -107,8 +118,9 @@ def _candidates(spec: RunSpec) -> Iterator[Layout]:
     degrees = product(
         [want.tp] if want.tp else _divisors(cluster.gpus_per_node),
         [want.pp] if want.pp else [d for d in _divisors(gpus) if d <= min(layers, 64)],
-        # Shorter pieces of a row only send more.
-        [want.cp] if want.cp else [c for c in (1, 2, 4, 8, 16) if c == 1 or spec.model.sequence_length // c >= 4096],
+        [want.cp]
+        if want.cp
+        else [c for c in _powers_of_two(gpus) if c == 1 or spec.model.sequence_length // c >= part_tokens],
     )
     schedule, stages = want.pipeline_schedule, want.virtual_stages
     for tp, pp, cp in degrees:
@@ -147,7 +159,8 @@ def _shards(want: Layout, dp: int, gpus_per_node: int) -> list[int]:
 
 
 def nearest(spec: RunSpec, layout: Layout, count: int = 3) -> list[str]:
-    """Overrides of the layouts that fit and differ least from `layout`, the faster of equals first."""
+    """Overrides of the layouts that fit and differ least from `layout`, the faster of equals first, and of the fastest; with what
+    each is forecast to reach."""
     names = (
         "tp", "pp", "cp", "dp_shard", "dp_replicate", "microbatch_sequences", "recompute", "pipeline_schedule",
         "virtual_stages",
@@ -156,9 +169,11 @@ def nearest(spec: RunSpec, layout: Layout, count: int = 3) -> list[str]:
         layout, dp_replicate=0, dp_shard=0, tp=0, pp=0, cp=0, microbatch_sequences=0, recompute="auto",
         pipeline_schedule="1f1b", virtual_stages=1,
     ))  # fmt: skip
-    found = [other for _, other in layouts(open_spec)]
-    found.sort(key=lambda o: sum(getattr(o, n) != getattr(layout, n) for n in names))
-    return [
-        " ".join(f"layout.{n}={getattr(o, n)}" for n in names if getattr(o, n) != getattr(layout, n))
-        for o in found[:count]
-    ]
+    found = layouts(open_spec)
+
+    def others(pair: tuple[Step, Layout]) -> list[str]:
+        return [f"layout.{n}={getattr(pair[1], n)}" for n in names if getattr(pair[1], n) != getattr(layout, n)]
+
+    near = sorted(found, key=lambda pair: len(others(pair)))[:count]
+    shown = near if not found or found[0] in near else [*near, found[0]]
+    return [f"{' '.join(others(pair))}   ({pair[0].tokens_per_s_per_gpu:,.0f} tokens/s a GPU)" for pair in shown]

@@ -18,7 +18,6 @@ from orchestrator.spec import RunSpec
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 PERCENTILES = (5, 50, 95)
-SPARES = (0, 1, 2, 4, 8, 16)
 AS_GOOD = 0.002  # of ETTR: two intervals that differ by less are equal
 MAX_OUTAGES = 20_000  # after so many a run counts as one that never ends
 
@@ -143,8 +142,12 @@ class Simulation:
             f"days     5% of lives take less than {self.days[0]:.1f}, half {self.days[1]:.1f}, 95% {self.days[2]:.1f}",
             f"saving   every {self.life.interval_s:,.0f} s now; best every {self.best_interval_s:,.0f} s "
             f"(checkpoint.every_steps={self.best_every_steps}); Young's formula {self.young_interval_s:,.0f} s",
-            "spares   " + ", ".join(f"{n}: {e:.3f}" for n, e in self.spares.items()) + "   (median ETTR by spare nodes)",
-            "         " + ", ".join(f"{n}: {self._of_all_nodes(n):.3f}" for n in self.spares) + "   (of the time of all "
+            "spares   "
+            + ", ".join(f"{n}: {e:.3f}" for n, e in self.spares.items())
+            + "   (median ETTR by spare nodes)",
+            "         "
+            + ", ".join(f"{n}: {self._of_all_nodes(n):.3f}" for n in self.spares)
+            + "   (of the time of all "
             "nodes, the spares too)",
         ]
         return "\n".join(rows)
@@ -206,7 +209,10 @@ def simulate(spec: RunSpec, seeds: int) -> Simulation:
         best_interval_s=best,
         best_every_steps=max(1, round(best / step_s)),
         young_interval_s=young,
-        spares={n: _median(replace(life, spare_nodes=n), seeds) for n in sorted({*SPARES, life.spare_nodes})},
+        spares={
+            n: _median(replace(life, spare_nodes=n), seeds)
+            for n in sorted({*spares_to_try(spec.cluster.nodes), life.spare_nodes})
+        },
     )
 
 
@@ -227,6 +233,11 @@ def interval_grid(young_s: float, step_s: float, work_s: float) -> Sequence[floa
     """From a sixteenth of Young's to 64 times it, whole steps, each once."""
     steps = np.unique(np.maximum(1, np.round(young_s * 2.0 ** np.arange(-4, 6.5, 0.5) / step_s)))
     return [float(s * step_s) for s in steps if s * step_s <= work_s]
+
+
+def spares_to_try(nodes: int) -> list[int]:
+    """None, and powers of two up to 16 or a thirty-second of the nodes."""
+    return [0, *(2**n for n in range(max(16, nodes // 32).bit_length()))]
 
 
 def _median(life: Life, seeds: int) -> float:

@@ -6,7 +6,7 @@ model or to a row of a table.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from model.config import ModelConfig
@@ -49,6 +49,7 @@ class Step:
     contention_s: float
     optimizer_s: float
     straggling_s: float
+    exposed_between_nodes_s: float  # of the exposed ones, over the network; the rest over a node's own links
     step_s: float
     tokens_per_s: float  # all ranks
     tokens_per_s_per_gpu: float
@@ -56,6 +57,16 @@ class Step:
     hfu: float  # with what is recomputed
     model_tflops_per_gpu: float
     hardware_tflops_per_gpu: float
+
+    @property
+    def parts_s(self) -> dict[str, float]:
+        """What adds up to `step_s`, by name."""
+        whole = ("exposed_between_nodes_s", "step_s", "tokens_per_s")
+        return {name: value for name, value in asdict(self).items() if name.endswith("_s") and name not in whole}
+
+    @property
+    def exposed_s(self) -> float:
+        return sum(value for name, value in self.parts_s.items() if name.startswith("exposed_"))
 
 
 def forecast_step(
@@ -104,10 +115,8 @@ def forecast_step(
     # Context parallel: keys and values go around the ring; hidden behind attention as far as that reaches.
     one_node = layout.gpus <= gpus_per_node
     node_ranks = max(1, gpus_per_node // tp)  # of one tensor parallel index, on one node
-    cp_pass = 0.0
-    if layout.cp > 1:
-        local = layout.cp if one_node else math.gcd(layout.cp, node_ranks)
-        cp_pass = collective_s(2 * 2 * tokens * layout.cp * kv / tp, layout.cp, local, gpu)
+    cp_local = layout.cp if one_node else math.gcd(layout.cp, node_ranks)
+    cp_pass = collective_s(2 * 2 * tokens * layout.cp * kv / tp, layout.cp, cp_local, gpu)
     cp_forward, cp_backward = max(0.0, cp_pass - attention_forward), max(0.0, 2 * cp_pass - attention_backward)
 
     # The backward pass needs no output of the layer's last product, and stops computing again before it (torch since 2.1).
@@ -182,6 +191,12 @@ def forecast_step(
         exposed_dp_s = first + microbatches * gather_forward + (microbatches - 1) * each_backward + last_backward
         comm_s = microbatches * (2 * gather_s + scatter_s) + reduce_s
     contention_s = CONTENTION * max(0.0, comm_s - exposed_dp_s)
+    # By link. What of the data parallel ranks' is exposed is shared as all of it is.
+    shards_s = comm_s - reduce_s
+    network_s = shards_s * (shard_local < shards) + reduce_s * (replica_local < replicas)
+    between_nodes_s = exposed_dp_s * network_s / comm_s if comm_s else 0.0
+    between_nodes_s += 0.0 if one_node else exposed_pp_s
+    between_nodes_s += 0.0 if cp_local == layout.cp else microbatches * layers * (cp_forward + cp_backward)
 
     # AdamW reads parameter, gradient and two moments, writes three; clipping reads the gradient once more.
     optimizer_s = 32 * rank_parameters / shards / memory_bytes_per_s + 2e-3
@@ -217,6 +232,7 @@ def forecast_step(
         contention_s=contention_s + per_rank * (tp_contention_forward + tp_contention_backward),
         optimizer_s=optimizer_s,
         straggling_s=straggling_s,
+        exposed_between_nodes_s=between_nodes_s,
         step_s=step_s,
         tokens_per_s=tokens_per_s,
         tokens_per_s_per_gpu=per_gpu,

@@ -57,7 +57,11 @@ def test_runs_and_overrides_may_follow_an_option() -> None:
 
 
 def test_a_picture_goes_to_a_file_in_a_folder_that_exists(tmp_path: Path) -> None:
-    for picture, said in ((tmp_path, "is a folder: give a file in it"), (tmp_path / "no" / "x.svg", "does not exist")):
+    for picture, said in (
+        (tmp_path, "is a folder: give a file in it"),
+        (tmp_path / "no" / "x.svg", "does not exist"),
+        (tmp_path / "x.png", "name it"),
+    ):
         done = run("simulate", "experiment=llama_7b", "--seeds", "10", "--picture", str(picture))
         assert done.returncode == 2
         assert said in done.stderr

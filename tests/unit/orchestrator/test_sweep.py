@@ -257,7 +257,7 @@ def test_points_on_slurm_are_forecast_begin_when_it_is_greenest_and_keep_off_lem
     monkeypatch.setattr(queue, "queued", dict)
     monkeypatch.setattr(launch, "_prepare", lambda console, spec: SimpleNamespace(root=tmp_path))
     words = ["model=nano", "layout=fsdp", "cluster=slurm", "gpu=h100", "optim.batch_sequences=16", "seed=1,2"]
-    with pytest.raises(UserError, match=r"seed=1-\w+: each rank needs [\d.]+ GB and a h100 has 1 GB"):
+    with pytest.raises(UserError, match=r"seed=1-\w+: each rank needs [\d.]+ GB and gpu=h100 has 1 GB"):
         sweep.launch_sweep([*words, "name=small", "gpu.memory_gb=1"])
     assert not asked
     assert not list((tmp_path / "runs" / "small").glob("*/spec.yaml"))

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import published
 import pytest
@@ -84,10 +84,10 @@ PAPER_405B = [
     ids=["65B", "405B"],
 )  # fmt: skip
 def test_what_cannot_fit_is_refused_with_layouts_that_do(words: list[str]) -> None:
-    with pytest.raises(UserError, match=r"GB and a \w+ has 80 GB") as raised:
+    with pytest.raises(UserError, match=r"GB and gpu=\w+ has 80 GB") as raised:
         forecast.plan(specs.compose(words), NOW_S)
-    ways = [line.split() for line in str(raised.value).splitlines()[1:]]
-    assert len(ways) == 3
+    ways = [line.partition("   (")[0].split() for line in str(raised.value).splitlines()[1:]]
+    assert len(ways) == 4
     for way in ways:
         assert way
         spec = specs.compose([*words, *way])
@@ -277,8 +277,7 @@ def test_what_async_tp_hides_slows_the_products(recompute: str) -> None:
     saved = hidden - CONTENTION * hidden
     again = {"none": 0.0, "selective": 0.0, "full": 3 / 8 * saved}[recompute]
     assert without.recompute_s - with_it.recompute_s == pytest.approx(again, rel=1e-6, abs=1e-9)
-    parts = {k: v for k, v in asdict(with_it).items() if k.endswith("_s") and k not in ("step_s", "tokens_per_s")}
-    assert sum(parts.values()) == pytest.approx(with_it.step_s, rel=1e-9)
+    assert sum(with_it.parts_s.values()) == pytest.approx(with_it.step_s, rel=1e-9)
 
 
 def test_what_fits_must_fit_on_the_fewest_nodes_too_that_the_run_may_shrink_to() -> None:
@@ -292,7 +291,7 @@ def test_what_fits_must_fit_on_the_fewest_nodes_too_that_the_run_may_shrink_to()
     assert forecast.planned_layout(specs.compose(sharded)).gpus == 2048
     assert forecast.planned_layout(specs.compose([*sharded, "cluster.min_nodes=64"])).gpus == 2048
     with pytest.raises(
-        UserError, match=r"needs [\d.]+ GB on 8 nodes, which cluster.min_nodes=8 allows, and a a100_80gb has 14 GB"
+        UserError, match=r"needs [\d.]+ GB on 8 nodes, which cluster.min_nodes=8 allows, and gpu=a100_80gb has 14 GB"
     ):
         forecast.planned_layout(specs.compose([*sharded, "cluster.min_nodes=8"]))
     chosen = forecast.resolved(specs.compose([*sharded[:3], "layout.recompute=auto", "gpu.memory_gb=45"])).layout
@@ -342,7 +341,7 @@ def test_layout_auto_is_no_slower_than_fsdp_where_sizes_are_odd(words: list[str]
     ],
 )
 def test_where_no_layout_is_possible_memory_is_not_blamed(words: list[str], said: str) -> None:
-    with pytest.raises(UserError, match="no layout of 2048 GPUs") as refused:
+    with pytest.raises(UserError, match=r"no layout of 2048 GPUs") as refused:
         forecast.plan(specs.compose(["experiment=llama_7b", "layout=auto", *words]), NOW_S)
     assert said in str(refused.value)
 
@@ -515,3 +514,63 @@ def test_an_open_layout_of_a_gpu_without_forecast_keeps_its_groups_of_layers() -
     layout = forecast.resolved(specs.compose(words)).layout
     assert (layout.pp, layout.virtual_stages, layout.pipeline_schedule) == (2, 2, "interleaved_1f1b")
     assert layout.gpus == 8
+
+
+def test_exposed_communication_is_told_by_link() -> None:
+    def step(words: str) -> Step:
+        return forecast.plan(specs.compose(["experiment=llama_7b", "gpu.memory_gb=999", *words.split()]), NOW_S).step
+
+    one_node = step(
+        "cluster.nodes=1 layout.dp_replicate=1 layout.dp_shard=2 layout.tp=2 layout.pp=2 optim.batch_sequences=64"
+    )
+    assert one_node.exposed_s > 0
+    assert one_node.exposed_between_nodes_s == 0
+    inside = step("layout.dp_replicate=256 layout.dp_shard=1 layout.tp=8")  # tensor parallel inside, replicas between
+    assert inside.exposed_between_nodes_s == pytest.approx(inside.exposed_dp_s)
+    assert inside.exposed_s == pytest.approx(inside.exposed_dp_s + inside.exposed_tp_s)
+    both = step("layout.dp_replicate=32 layout.dp_shard=8 layout.pp=8")  # shards inside, replicas and stages between
+    assert both.exposed_pp_s < both.exposed_between_nodes_s < both.exposed_pp_s + both.exposed_dp_s
+    ring = step("layout.dp_replicate=1 layout.dp_shard=128 layout.cp=16 gpu.inter_node_gb_per_s=1")
+    assert ring.exposed_cp_s > 0
+    assert ring.exposed_between_nodes_s == pytest.approx(ring.exposed_s)
+
+
+def test_the_table_is_in_units_that_a_person_reads_and_json_says_what_was_planned() -> None:
+    found = forecast.plan(specs.compose(["experiment=llama_65b", "carbon.zone=USA"]), NOW_S)
+    lines = {line.split()[0]: line.split() for line in forecast.table(found).splitlines() if line}
+    assert " ".join(lines["run"]).endswith("tokens on 256 nodes of 8 a100_80gb")
+    assert {"memory_gb", "energy_mwh", "site_energy_mwh", "co2e_t", "days", "cost_usd"} <= set(lines)
+    assert "hours" not in lines
+    assert float(lines["energy_mwh"][2]) == pytest.approx(found.figures["energy_kwh"].central / 1000, rel=1e-3)
+    said = found.to_json()
+    assert (said["model"], said["gpu"], said["gpus"], said["nodes"]) == ("llama_65b", "a100_80gb", 2048, 256)
+    assert said["tokens_per_step"] * said["steps"] == pytest.approx(1.4e12, rel=1e-3)
+
+
+def test_rows_are_cut_shorter_where_nothing_else_is_there() -> None:
+    few = specs.compose(["experiment=llama_65b", "gpu=h100", "layout=auto", "optim.batch_sequences=128"])
+    assert forecast.plan(few, NOW_S).layout.cp > 1
+    long = [
+        "experiment=llama_7b",
+        "gpu=h100",
+        "layout=auto",
+        "model.sequence_length=1048576",
+        "optim.batch_sequences=8",
+    ]
+    assert forecast.plan(specs.compose(long), NOW_S).layout.cp > 16
+    with pytest.raises(UserError, match=r"no layout of 2048 GPUs .* rows a step for every data parallel rank"):
+        forecast.plan(specs.compose(["experiment=llama_65b", "layout=auto", "optim.batch_sequences=8"]), NOW_S)
+
+
+def test_the_nearest_layouts_tell_their_speed_and_the_fastest_is_among_them() -> None:
+    words = ["experiment=llama_65b", "gpu.memory_gb=20"]
+    with pytest.raises(UserError, match="Nearest layouts that fit, and the fastest:") as told:
+        forecast.plan(specs.compose(words), NOW_S)
+    ways = [line.strip() for line in str(told.value).splitlines()[1:]]
+    assert len(ways) == 4
+    fastest = forecast.plan(specs.compose([*words, "layout=auto"]), NOW_S).step.tokens_per_s_per_gpu
+    for way in ways:
+        overrides, _, speed = way.partition("   (")
+        found = forecast.plan(specs.compose([*words, *overrides.split()]), NOW_S)
+        assert speed == f"{found.step.tokens_per_s_per_gpu:,.0f} tokens/s a GPU)"
+    assert ways[-1].endswith(f"({fastest:,.0f} tokens/s a GPU)")

@@ -58,7 +58,9 @@ def test_each_hardship_costs_and_spares_give_back() -> None:
 
 def test_the_whole_rack_is_waited_for() -> None:
     """Without spares 16 nodes keep a run waiting for the last of them: 3.4 times one node's mean, the 16th harmonic number."""
-    racks = replace(PLAIN, failures_per_s=4 / DAY, queue_wait_s=3600, repair_s=100 * DAY, rack_share=0.999, rack_nodes=16)
+    racks = replace(
+        PLAIN, failures_per_s=4 / DAY, queue_wait_s=3600, repair_s=100 * DAY, rack_share=0.999, rack_nodes=16
+    )
     nodes = replace(racks, rack_share=0.0)
 
     def waits_s(life: Life) -> float:
