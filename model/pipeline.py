@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
+    RESHARD,
+    UNSHARD,
     Schedule1F1B,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
@@ -116,4 +118,28 @@ class Pipeline(nn.Module):
             if self.layout.pipeline_schedule == "interleaved_1f1b"
             else ScheduleInterleavedZeroBubble
         )
-        return kind(stages, microbatches, **options)
+        schedule = kind(stages, microbatches, **options)
+        order, rank = schedule.pipeline_order_with_comms, self.group.rank()
+        order[rank] = gathered_once(order[rank])
+        return schedule
+
+
+def gathered_once(actions: Sequence[Any]) -> list[Any]:
+    """A rank's schedule with each part gathered before its first pass and sharded again after its last.
+
+    torch keeps three parts gathered and drops the others, so that of four and more each is gathered twice for every round of
+    microbatches: for half of the memory or less, all parameters over the network again and again (model/parallel.py).
+    """
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for number, action in enumerate(actions):
+        if action.computation_type is UNSHARD:
+            first.setdefault(action.stage_index, number)
+        elif action.computation_type is RESHARD:
+            last[action.stage_index] = number
+    kept = {UNSHARD: first, RESHARD: last}
+    return [
+        action
+        for number, action in enumerate(actions)
+        if action.computation_type not in kept or kept[action.computation_type][action.stage_index] == number
+    ]

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="build every rank shape with the trainer's own code, without values, and tell its memory beside the plan's "
-        "(65B on 2,048 GPUs: under a minute of CPU)",
+        "(65B on 2,048 GPUs: under a minute of CPU for each shape of rank)",
     )
     _takes_json(plan)
 

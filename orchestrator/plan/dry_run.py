@@ -39,15 +39,16 @@ def dry_run(spec: RunSpec, as_json: bool) -> int:
             cells = (f"{shape[p] / 1e9:.3f} ({planned[p] / 1e9:.3f})" for p in PARTS)
             print(f"{stage:>8} {shape['ranks']:>6}" + "".join(f"{c:>20}" for c in cells), flush=True)
     most = max(shape["total_bytes"] for shape in found)
-    plan = memory(spec.model, spec.layout, spec.plan, spec.optim.batch_sequences)
+    overhead = memory(spec.model, spec.layout, spec.plan, spec.optim.batch_sequences).overhead_bytes
+    fits = most + overhead <= spec.gpu.memory_gb * 1e9
     if as_json:
         print(json.dumps({"layout": asdict(spec.layout), "rank_shapes": found, "peak_bytes": most,
-                          "planned_overhead_bytes": plan.overhead_bytes}, indent=2))  # fmt: skip
+                          "planned_overhead_bytes": overhead, "fits": fits}, indent=2))  # fmt: skip
         return 0
     print(
         f"\n{len(found)} rank shape(s) of {spec.layout.gpus:,} ranks; the fullest peaks at {most / 1e9:.2f} GB of tensors, with "
-        f"{plan.overhead_bytes / 1e9:.2f} GB of context and fragmentation (assumed) {(most + plan.overhead_bytes) / 1e9:.2f} GB; "
-        f"a {spec.gpu.name} has {spec.gpu.memory_gb:g} GB"
+        f"{overhead / 1e9:.2f} GB of context and fragmentation (assumed) {(most + overhead) / 1e9:.2f} GB; "
+        f"gpu={spec.gpu.name} has {spec.gpu.memory_gb:g} GB" + ("" if fits else ": it does not fit")
     )
     return 0
 

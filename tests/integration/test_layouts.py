@@ -1,6 +1,7 @@
 """Every way to lay the model over ranks computes what one rank computes, and reads the others' checkpoints. fp32, gloo."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from model.config import ModelConfig, OptimConfig
 from model.device import choose, prepare
 from model.layout import Layout
 from model.optim import clip_gradients, global_grad_norm, make_optimizer
-from model.parallel import build_model, forward_backward, place_ranks
+from model.parallel import Ranks, build_model, forward_backward, place_ranks
 from model.pipeline import Pipeline
 from model.train import training_state
 
@@ -22,6 +23,7 @@ warnings.filterwarnings("ignore", module="torch")
 pytestmark = pytest.mark.slow
 
 MODEL = ModelConfig(name="t", dim=32, n_layers=4, n_heads=4, ffn_dim=64, vocab_size=96, sequence_length=32)
+DEEP = replace(MODEL, n_layers=8)
 OPTIM = OptimConfig(name="t", lr=1e-2, warmup_steps=0, batch_sequences=8)
 ONE = Layout(name="one", microbatch_sequences=2)
 LAYOUTS = {
@@ -37,6 +39,12 @@ LAYOUTS = {
     "tp x pp": {"tp": 2, "pp": 2, "recompute": "selective"},
     "dp x tp x pp": {"dp_shard": 2, "tp": 2, "pp": 2},
 }
+FOUR_GROUPS = {
+    "dp_shard": 2,
+    "pp": 2,
+    "virtual_stages": 4,
+    "pipeline_schedule": "interleaved_1f1b",
+}  # of layers, on each rank
 
 
 def train(
@@ -90,6 +98,32 @@ def test_loss_and_gradient_norm_of_three_steps_are_those_of_one_rank(name: str, 
     for found in run_ranks(train, layout.gpus, tmp_path, layout, 0, 3, None, timeout_s=150):
         for step, expected in zip(found, one_rank, strict=True):
             assert step == pytest.approx(expected, rel=1e-5)
+
+
+def gathers_and_losses(rank: int) -> tuple[int, list[float]]:
+    """All-gathers of parameters in the second of two steps, and the steps' losses as far as this rank has them."""
+    layout = laid(**FOUR_GROUPS)
+    ranks = place_ranks(layout, torch.device("cpu"))
+    model = build_model(DEEP, layout, ranks, torch.float32, seed=3)
+    losses = []
+    for step in range(2):
+        rows = torch.randint(0, 96, (16, 33), generator=torch.Generator().manual_seed(step))
+        with torch.profiler.profile() as profile:
+            losses.append(forward_backward(model, rows.chunk(2)[ranks.dp_rank], 1, 1.0).item())
+    calls = {event.key: event.count for event in profile.key_averages()}
+    return calls["c10d::_allgather_base_"], losses
+
+
+def test_a_pipeline_gathers_each_layer_once_a_step_whatever_its_groups(tmp_path: Path) -> None:
+    """torch's schedule would drop and gather again what is over three groups: two times a round, of which here are four."""
+    found = run_ranks(gathers_and_losses, 4, tmp_path, timeout_s=150)
+    one = build_model(DEEP, ONE, Ranks(torch.device("cpu")), torch.float32, seed=3)
+    for step in range(2):
+        rows = torch.randint(0, 96, (16, 33), generator=torch.Generator().manual_seed(step))
+        whole = forward_backward(one, rows, 2, 1.0).item()
+        assert sum(losses[step] for _, losses in found) == pytest.approx(whole, rel=1e-5)
+    # A rank's four layers, and what its parts have beside them: embedding, or norm and head.
+    assert {gathered for gathered, _ in found} == {5}
 
 
 @pytest.mark.timeout(600)

@@ -313,12 +313,76 @@ def newer_gpus() -> list[Row]:
     return rows
 
 
+INTERNLM_7B = llama(4096, 32, 32, 11008, 103168)
+DEEPSPEED = PlanConfig(name="deepspeed", sequence_parallel=False, gradient_bytes=2, recompute_whole=True)
+
+
+def internlm(gpus: int, at_once: int, passes: int, full: bool, published: float, tp: int = 1) -> Row:
+    """doc/en/train_performance.md of InternLM at 20fe5ac: its "hybrid zero", gradients reduced among all ranks, optimizer shared
+    inside a node; four 100 Gb/s links a node. The vocabulary is InternLM's, which the page does not state."""
+    layout = laid(dp_replicate=gpus // tp, tp=tp, microbatch_sequences=at_once, recompute="full" if full else "none")
+    label = f"InternLM 7B, {gpus:,} A100, tp {tp}, {passes} x {at_once} rows"
+    return tokens_row("InternLM", label, INTERNLM_7B, layout, published, DEEPSPEED, "a100_80gb",
+                      {"inter_node_gb_per_s": 6.25}, passes)  # fmt: skip
+
+
+def flagperf(
+    label: str, model: ModelConfig, gpus: int, degrees: dict[str, int], passes: int, published: float, gpu: str = "h100",
+    **changes: float,
+) -> Row:  # fmt: skip
+    """FlagPerf's training/nvidia/*megatron*/README.md (llama3_8B at 0e0fc76, llama3_70B at 61ac079, llama2_70B at 0171aca,
+    llama2_7b-megatron-deepspeed at 0f139fc). Of its H800s, NVLink of 200 GB/s each way and 25 GB/s of network a GPU are ours."""
+    dp = gpus // (degrees.get("tp", 1) * degrees.get("pp", 1))
+    layout, plan = laid(dp_replicate=dp, **degrees), replace(NOW, gradient_bytes=2)
+    return tokens_row("FlagPerf", label, model, layout, published, plan, gpu, changes, passes)
+
+
+def of_strangers() -> list[Row]:
+    """Looked up after all constants were set, by somebody who had not seen the forecast of any: InternLM's and FlagPerf's tables,
+    atorch's (dlrover's atorch/examples/llama2/README.md at 11bf2fb; recomputation counted; rows of 4,096 tokens: ours),
+    TinyLlama's README at 026587c (A100s of 40 GB), 70B in MaxText, which repeats some products (dgxc-benchmarking's
+    maxtext/README_70b.md at 143b90d), and 405B of torchtitan's performance.md. What is off by more than 15% is in misses()."""
+    h800 = {"intra_node_gb_per_s": 200.0, "inter_node_gb_per_s": 25.0}
+    fsdp = replace(NOW, recompute_whole=True)
+    rows = [
+        internlm(8, 2, 4, False, 4078), internlm(128, 2, 4, False, 3928), internlm(8, 8, 1, True, 3314),
+        internlm(1024, 8, 1, True, 3163), internlm(512, 4, 1, True, 2963),
+        flagperf("Llama 3 8B, 8 A100, pp 2", LLAMA_3["8B"], 8, {"pp": 2}, 128, 3698.7, "a100_80gb"),
+        flagperf("Llama 3 8B, 8 H100, tp 2", LLAMA_3["8B"], 8, {"tp": 2}, 128, 8103),
+        flagperf("Llama 3 8B, 16 H100, tp 2", LLAMA_3["8B"], 16, {"tp": 2}, 64, 7914),
+        flagperf("Llama 3 70B, 64 H100, tp 8, pp 4", LLAMA_3["70B"], 64, {"tp": 8, "pp": 4}, 256, 851),
+        flagperf("Llama 2 70B, 32 H800, tp 8, pp 4", LLAMA_2["70B"], 32, {"tp": 8, "pp": 4}, 44, 641.9, **h800),
+        flagperf("Llama 2 70B, 32 H800, tp 4, pp 8", LLAMA_2["70B"], 32, {"tp": 4, "pp": 8}, 44, 791.4, **h800),
+        *(atorch(f"FSDP, {gpus} A100", laid(dp_shard=gpus, microbatch_sequences=4, recompute="full"), 1, tflops, fsdp)
+          for gpus, tflops in ((8, 204.67), (64, 195.14))),
+        atorch("DeepSpeed, 8 A100, pp 2", laid(dp_replicate=4, pp=2, microbatch_sequences=8, recompute="full"), 64, 190.27),
+        tokens_row("TinyLlama", "1.1B, 16 A100", llama(2048, 22, 32, 5632, 32000, 2048, 4),
+                   laid(dp_shard=16, microbatch_sequences=8), 24000, gpu="a100_80gb", changes={"memory_gb_per_s": 1555},
+                   passes=8),
+        tokens_row("torchtitan", "Llama 3.1 405B, 128 H100, tp 8", LLAMA_3["405B"],
+                   laid(dp_shard=16, tp=8, microbatch_sequences=2, recompute="full"), 109, changes=SLOWER_H100),
+    ]  # fmt: skip
+    for gpus, shard, seconds in ((64, 64, 6.999), (256, 256, 7.153), (2048, 128, 7.066)):
+        for how in ("selective", "full"):
+            layout = laid(dp_replicate=gpus // shard, dp_shard=shard, microbatch_sequences=2, recompute=how)
+            label = f"Llama 2 70B in MaxText, {gpus:,} H100"
+            rows.append(tokens_row("dgxc-benchmarking", label, LLAMA_2["70B"], layout, 2 * 4096 / seconds))
+    return rows
+
+
+def atorch(label: str, layout: Layout, passes: int, tflops: float, plan: PlanConfig = DEEPSPEED) -> Row:
+    batch = passes * layout.dp * layout.microbatch_sequences
+    return Row("atorch", f"Llama 2 7B, {label}", "hardware_tflops_per_gpu", tflops, LLAMA_2["7B"], layout, batch, plan,
+               changes={"inter_node_gb_per_s": 12.5})  # fmt: skip
+
+
 def misses() -> list[Row]:
     """What is off by more, and docs/plan.md says why. 20B of arXiv 2204.06745 on A100s of 40 GB, four 200 Gb/s links a node;
     GPU-hours of LLaMA 2 (2307.09288, table 2), which states no layout: LLaMA's own, with rows twice as long; GPU-hours of 405B's
     model card over 15.6T tokens; 70B of torchtitan's performance.md with "selective op", its asyncTP rows; torchao's
     docs/source/workflows/training.md at 36027d8 (torchtitan on 8 GPUs of one row each); OLMo-core's README at b9e9193 (its number
-    of GPUs is not stated: ours, 64); long rows of llm-foundry's."""
+    of GPUs is not stated: ours, 64); long rows of llm-foundry's; of_strangers()' others, and 5B in Paxml (dgxc-benchmarking's
+    paxml/README_5b.md at 143b90d)."""
     rows = [
         Row("2204.06745", "GPT-NeoX 20B", "hardware_tflops_per_gpu", 117, gpt(6144, 44, 64, 50432),
             laid(tp=2, pp=4, dp_replicate=12, microbatch_sequences=4, recompute="full"), 1536, MEGATRON_2021,
@@ -365,6 +429,21 @@ def misses() -> list[Row]:
             ("h100", "1B", 65536, 8, 1, 16, True, 5506),
         )
     ]  # fmt: skip
+    rows += [
+        internlm(1024, 2, 4, False, 3625), internlm(8, 4, 4, False, 3761, tp=2), internlm(1024, 4, 4, False, 3486, tp=2),
+        internlm(1024, 4, 1, True, 2796), internlm(1024, 2, 1, True, 2341), internlm(512, 2, 2, False, 3084),
+        internlm(1024, 2, 2, False, 2817), internlm(1024, 2, 1, False, 2346),
+        flagperf("Llama 2 7B in DeepSpeed, 8 A100 of 40 GB, tp 4", LLAMA_2["7B"], 8, {"tp": 4}, 32, 2868, "a100_80gb",
+                 memory_gb_per_s=1555.0),
+        atorch("DeepSpeed, 8 A100, tp 2", laid(dp_replicate=4, tp=2, microbatch_sequences=8, recompute="full"), 64, 159.19),
+        atorch("DeepSpeed, 8 A100, tp 2, pp 2",
+               laid(dp_replicate=2, tp=2, pp=2, microbatch_sequences=8, recompute="full"), 64, 155.73),
+        *(tokens_row("dgxc-benchmarking", f"GPT 5B in Paxml, {gpus} H100", gpt(4096, 24, 32),
+                     laid(dp_shard=gpus, microbatch_sequences=4), 4 * 2048 / seconds)
+          for gpus, seconds in ((16, 0.634), (128, 0.651))),
+        tokens_row("OLMo-core", "OLMo 2 1B, H100", llama(2048, 16, 16, 8192, 100352, 4096),
+                   laid(dp_replicate=8, dp_shard=8, microbatch_sequences=8), 45000, passes=2),
+    ]  # fmt: skip
     return rows
 
 
@@ -372,5 +451,5 @@ def tables() -> list[Row]:
     """All of them, but LLaMA's four, which are whole experiments."""
     return [
         *megatron(), *selective(), *llama3(), *open_replications(), *fsdp_of_torch(), *mpt("a100_80gb"), *mpt("h100"),
-        *nvidia(), *megatron_h100(), *newer_gpus(), *misses(),
+        *nvidia(), *megatron_h100(), *newer_gpus(), *of_strangers(), *misses(),
     ]  # fmt: skip

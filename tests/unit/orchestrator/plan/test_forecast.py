@@ -49,7 +49,7 @@ def test_megatrons_table_is_forecast_within_15_percent(row: published.Row) -> No
 
 HELD = [
     *published.selective(), *published.llama3(), *published.open_replications(), *published.fsdp_of_torch(),
-    *published.mpt("a100_80gb"), *published.newer_gpus(),
+    *published.mpt("a100_80gb"), *published.newer_gpus(), *published.of_strangers(),
     *(row for row in published.nvidia() if "8B" not in row.label),
     *(row for row in published.megatron_h100() if not row.label.startswith("32B")),
 ]  # fmt: skip
@@ -58,6 +58,15 @@ HELD = [
 @pytest.mark.parametrize("row", HELD, ids=lambda r: r.label)
 def test_other_tables_are_forecast_within_15_percent(row: published.Row) -> None:
     assert abs(row.error) < 0.15
+
+
+def test_eight_tenths_of_the_published_rows_are_within_the_forecasts_range() -> None:
+    rows = published.tables()
+    speeds = [row.published / row.forecast if row.figure != "step_s" else row.forecast / row.published for row in rows]
+    low = sum(speed < 1 / (1 + forecast.SLOWER) for speed in speeds) / len(speeds)
+    high = sum(speed > 1 / (1 - forecast.FASTER) for speed in speeds) / len(speeds)
+    assert 0.07 < low < 0.12
+    assert 0.07 < high < 0.12
 
 
 @pytest.mark.parametrize("row", published.tables(), ids=lambda r: r.label)
