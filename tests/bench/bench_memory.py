@@ -21,7 +21,7 @@ def draw(rng: random.Random) -> RunSpec | None:
     pp, tp, cp = rng.choice([1, 1, 2, 2, 3, 4]), rng.choice([1, 1, 2, 4]), rng.choice([1, 1, 1, 2])
     shards, replicas, rows = rng.choice([1, 2, 4]), rng.choice([1, 1, 2]), rng.choice([1, 2, 3, 4])
     schedule = rng.choice(["1f1b", "interleaved_1f1b", "zero_bubble"]) if pp > 1 else "1f1b"
-    groups = rng.choice([1, 2, 3]) if schedule != "1f1b" else 1
+    groups = rng.choice([1, 2, 3, 4, 5]) if schedule != "1f1b" else 1
     recompute = rng.choice(["none", "selective", "full"]) if schedule != "zero_bubble" else "none"
     words = [
         f"model={rng.choice(['llama_7b', 'llama_13b', 'llama_65b'])}",
