@@ -243,22 +243,31 @@ def _train(
     if ended == "failed":
         recorder.event("failed", trainer.step, f"step {trainer.step}: {watch.said}; {_GO_ON}")
         return "failed"
+    saved = store.saved_step == trainer.step
+    newest = "none" if store.saved_step is None else f"of step {store.saved_step}"
     if ended == "stopped":
         why = f" ({stop.requested})" if stop.requested else ""
-        said = f"asked to stop{why}: saved at step {trainer.step} of {spec.steps}"
-        paused = stop.requested is None and pause_step is not None and trainer.step >= pause_step
-        recorder.event("stopped", trainer.step, said, paused=paused)
-        return "stopped"
-    sample = _sample(trainer, prepared, loader)
-    if sample and ranks.is_main:
-        directory.samples.mkdir(exist_ok=True)
-        (directory.samples / f"step-{trainer.step:09d}.txt").write_text(sample, encoding="utf-8")
-    if store.saved_step != trainer.step:
-        raise CheckpointError(
-            f"all {trainer.step} steps are trained, but the last checkpoint is of step {store.saved_step}: see the save_failed "
-            f"events; mend the place of the checkpoints and run the same command again"
+        said = f"asked to stop{why}: " + (
+            f"saved at step {trainer.step} of {spec.steps}"
+            if saved
+            else f"NOT saved at step {trainer.step} of {spec.steps}, the newest checkpoint is {newest} (see save_failed)"
         )
-    recorder.event("finished", trainer.step, f"finished: {trainer.step} steps", sample=sample)
+        paused = stop.requested is None and pause_step is not None and trainer.step >= pause_step
+        recorder.event("stopped", trainer.step, said, paused=paused, saved_step=store.saved_step)
+        return "stopped"
+    if not saved:
+        raise CheckpointError(
+            f"all {trainer.step} steps are trained, but the newest checkpoint is {newest}: see the save_failed events; mend the "
+            "place of the checkpoints and run the same command again"
+        )
+    sample, said = _sample(trainer, prepared, loader), f"finished: {trainer.step} steps"
+    if sample and ranks.is_main:
+        try:
+            directory.samples.mkdir(exist_ok=True)
+            (directory.samples / f"step-{trainer.step:09d}.txt").write_text(sample, encoding="utf-8")
+        except OSError as error:  # the model is safe
+            said += f"; its sample could not be written: {error}"
+    recorder.event("finished", trainer.step, said, sample=sample)
     return "finished"
 
 

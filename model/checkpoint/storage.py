@@ -99,9 +99,13 @@ class Storage:
             try:
                 if self.local:
                     with self.fs.open(full, "xb") as file:
-                        file.write(data)
-                        file.flush()
-                        os.fsync(file.fileno())
+                        try:
+                            file.write(data)
+                            file.flush()
+                            os.fsync(file.fileno())
+                        except OSError:  # a full disk: an empty file of ours would pass for somebody else's
+                            os.unlink(full)
+                            raise
                 else:
                     self.fs.pipe_file(full, data, mode="create")
             except FileExistsError:
