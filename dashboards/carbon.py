@@ -55,7 +55,7 @@ class CarbonStatement:
 
     @property
     def formula_kwh(self) -> float:
-        """GPU-h x W x PUE (arXiv 2302.13971, section 6)."""
+        """GPU-h x W x PUE (arXiv 2302.13971, section 6), whatever the device that `gpu` names."""
         return self.gpu_hours * self.gpu_watts * self.pue / 1000
 
 
@@ -97,9 +97,11 @@ def figures(s: CarbonStatement) -> list[Figure]:
     if s.embodied_co2e_kg is not None:
         how = "gpu_hours / carbon.gpu_lifetime_h x carbon.embodied_kg_per_gpu"
         rows.append(Figure("embodied_co2e_kg", s.embodied_co2e_kg, how))
-    rows.append(Figure("gpu_hours", s.gpu_hours, "time held x GPUs, over every attempt"))
+    rows.append(Figure("gpu_hours", s.gpu_hours, f"time held x devices ({s.gpu}), over every attempt"))
     rows.append(
-        Figure("formula_site_energy_kwh", s.formula_kwh, f"GPU-h x {s.gpu_watts:g} W x PUE {s.pue:g}, not measured")
+        Figure(
+            "formula_site_energy_kwh", s.formula_kwh, f"{s.gpu} hours x {s.gpu_watts:g} W x PUE {s.pue:g}, not measured"
+        )
     )
     if s.formula_co2e_kg is not None:
         rows.append(Figure("formula_co2e_kg", s.formula_co2e_kg, f"formula_site_energy_kwh x {s.intensity}"))
@@ -123,7 +125,7 @@ def remarks(s: CarbonStatement) -> list[str]:
 def sentence(s: CarbonStatement) -> str:
     """The statement in one line, for the end of a run."""
     if s.energy_kwh is None or s.site_energy_kwh is None:
-        return f"energy: nothing was measured; by GPU-h x W x PUE {_number(s.formula_kwh)} kWh"
+        return f"energy: nothing was measured; by hours x W x PUE of {s.gpu} {_number(s.formula_kwh)} kWh"
     total = s.energy_kwh.central
     lost = 100 * s.by_class_kwh.get("lost", 0.0) / total if total else 0.0
     kept = 100 * s.by_class_kwh.get("kept", 0.0) / total if total else 0.0
@@ -224,7 +226,7 @@ def to_model_card(s: CarbonStatement) -> str:
 
 
 def llama_form(statements: Sequence[CarbonStatement]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The measured account beside the formula's, in the columns of the paper's table 15: header and rows.
+    """The ledger's account beside the formula's, in the columns of the paper's table 15: header and rows.
 
     In MWh and tonnes, or in kWh and kg where every run is below a MWh.
     """
@@ -232,14 +234,14 @@ def llama_form(statements: Sequence[CarbonStatement]) -> tuple[tuple[str, ...], 
     scale, units = (1e-3, ("MWh", "tCO2e")) if large else (1.0, ("kWh", "kgCO2e"))
     rows: list[tuple[str, ...]] = []
     for s in statements:
-        power, hours = f"{s.gpu_watts:g} W", _number(s.gpu_hours)
+        device = (s.name, s.gpu, f"{s.gpu_watts:g} W", _number(s.gpu_hours))
         if s.site_energy_kwh is not None:
             carbon = _span(s.co2e_kg * scale) if s.co2e_kg else "-"
-            how = f"measured x PUE {s.pue:g}: {_mixture(s.by_source_kwh)}"
-            rows.append((s.name, power, hours, _span(s.site_energy_kwh * scale), carbon, how))
+            how = f"{_mostly(s.by_source_kwh)} x PUE {s.pue:g}: {_mixture(s.by_source_kwh)}"
+            rows.append((*device, _span(s.site_energy_kwh * scale), carbon, how))
         carbon = _number(s.formula_co2e_kg * scale) if s.formula_co2e_kg is not None else "-"
-        rows.append((s.name, power, hours, _number(s.formula_kwh * scale), carbon, "formula: GPU-h x W x PUE"))
-    return ("run", "GPU power", "GPU-hours", *units, "how it was got"), rows
+        rows.append((*device, _number(s.formula_kwh * scale), carbon, "formula: hours x W x PUE"))
+    return ("run", "device", "power", "device-hours", *units, "how it was got"), rows
 
 
 LLAMA_TABLE_15 = (
@@ -287,6 +289,12 @@ def _mixture(by_source_kwh: dict[str, float]) -> str:
         return "nothing consumed"
     parts = sorted(((kwh / total, source) for source, kwh in by_source_kwh.items() if kwh), reverse=True)
     return ", ".join(f"{100 * share:.3g}% {source}" for share, source in parts)
+
+
+def _mostly(by_source_kwh: dict[str, float]) -> str:
+    """How most of an energy was got: only a counter or a sample is a measurement."""
+    most = max(by_source_kwh, key=lambda source: by_source_kwh[source], default="")
+    return most if most in ("modelled", "estimated") else "measured"
 
 
 def _number(value: float) -> str:

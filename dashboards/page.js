@@ -311,7 +311,7 @@
 
   function top() {
     if (many()) {
-      const head = [["run"], ["state"], ["steps", "n"], ["loss", "n"], ["held-out", "n"], ["tokens/s", "n"], ["MFU", "n"], ["ETTR", "n"], ["kWh", "n"], ["kg CO2e", "n"], ...D.differing.map((k) => [k])];
+      const head = [["run", "name"], ["state"], ["steps", "n"], ["loss", "n"], ["held-out", "n"], ["tokens/s", "n"], ["MFU", "n"], ["ETTR", "n"], ["kWh", "n"], ["kg CO2e", "n"], ...D.differing.map((k) => [k])];
       const rows = D.runs.map((r, i) => [el("span", {}, dot(runColor(i)), r.name), r.state, r.steps_done.toLocaleString("en"), number(r.headline.loss), number(r.headline.held_out_loss), number(r.headline.tokens_per_s), percent(r.headline.mfu), percent(r.headline.ettr), number(r.energy_kwh), number(r.co2e_kg), ...D.differing.map((k) => String(r.config[k] ?? "–"))]);
       return [el("div", { class: "card wide" }, table(head, rows))];
     }

@@ -54,7 +54,8 @@ def page_data(runs: Sequence[RunView], live_s: float | None = None) -> dict[str,
     """What the script draws from."""
     configs = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(k for c in configs for k in c)
-    differing = [k for k in keys if len(runs) > 1 and k != "name" and len({str(c.get(k)) for c in configs}) > 1]
+    own = ("name", "run_root")  # what tells where a run lies
+    differing = [k for k in keys if len(runs) > 1 and k not in own and len({str(c.get(k)) for c in configs}) > 1]
     return {
         "title": _title(runs),
         "sections": SECTIONS,

@@ -162,6 +162,7 @@ PANELS = (
             Line("event.save_failed", "save failed"),
             Line("event.passed_over", "checkpoint passed over"),
             Line("event.stopped", "stopped"),
+            Line("event.failed", "failed"),
             Line("event.finished", "finished"),
         ),
     ),

@@ -33,6 +33,22 @@ class SweepPoint:
     co2e_kg: float | None
     curve: list[tuple[float, float]]  # tokens, training loss
     detail: str  # why it failed or was dropped
+    corpus: str  # the tokens and texts that its losses are of; empty before it begins
+
+
+APART = (
+    "These points differ in vocabulary or data: a loss per token of other tokens or texts does not compare, so each point is "
+    "ranked only among its equals."
+)
+
+
+def equals(points: Sequence[SweepPoint]) -> dict[str, list[SweepPoint]]:
+    """The points whose losses compare, by what these are of; no name where all of them do."""
+    corpora = dict.fromkeys(p.corpus for p in points if p.corpus)
+    if len(corpora) < 2:
+        return {"": list(points)}
+    found = {c or "not begun": [p for p in points if p.corpus == c] for c in (*corpora, "")}
+    return {name: same for name, same in found.items() if same}
 
 
 def sweep_page(
@@ -47,7 +63,6 @@ def sweep_page(
 
     Its content security policy lets no script run and no request leave.
     """
-    colors = _colors(points)
     digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     finished = sum(p.state == "finished" for p in points)
     summary = [f"{len(points)} points, {finished} finished"]
@@ -59,23 +74,11 @@ def sweep_page(
     body = [
         f"<h1>{escape(name)}</h1><p>{escape(', '.join(summary))} (energy of all points together, each device once)</p>"
     ]
-    shown = [p for p in points if _loss(p) is not None]
-    dropped = [p for p in points if p.state == "dropped" and p.held_out_loss and math.isfinite(p.held_out_loss)]
-    if shown and axes:
-        told = "<p>dashed: dropped by halving, with the held-out loss of then</p>" if dropped else ""
-        body.append(f"<h2>Parallel coordinates</h2>{told}" + _coordinates(axes, [*shown, *dropped], colors))
-    curves = [Series("", colors[p.name], line=p.curve) for p in reversed(points) if len(p.curve) > 1]
-    if curves:
-        low, high = _level_range(points)
-        chart = Chart(
-            title="training loss; the darker, the lower the held-out loss at the end",
-            x_label="tokens",
-            y_label="loss (nats per token)",
-            series=curves,
-            y_range=(low, high),
-        )
-        body.append("<h2>Curves</h2>" + charts_svg("", [chart], 1000))
-    body.append("<h2>Points</h2>" + _table(axes, points, colors))
+    groups = equals(points)
+    if len(groups) > 1:
+        body.append(f'<p class="failed">{APART}</p>')
+    for corpus, same in groups.items():
+        body.append(f"<h1>{escape(corpus)}</h1>{_compared(axes, same)}" if corpus else _compared(axes, same))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-{digest}'; "
@@ -83,6 +86,27 @@ def sweep_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(name)}</title><style>{_STYLE}</style></head>\n<body>{''.join(body)}</body></html>\n"
     )
+
+
+def _compared(axes: Sequence[str], points: Sequence[SweepPoint]) -> str:
+    """Points whose losses compare, the best first."""
+    colors = _colors(points)
+    body = []
+    shown = [p for p in points if _loss(p) is not None]
+    dropped = [p for p in points if p.state == "dropped" and p.held_out_loss and math.isfinite(p.held_out_loss)]
+    if shown and axes:
+        told = "<p>dashed: dropped by halving, with the held-out loss of then</p>" if dropped else ""
+        body.append(f"<h2>Parallel coordinates</h2>{told}" + _coordinates(axes, [*shown, *dropped], colors))
+    curves = [Series("", colors[p.name], line=p.curve) for p in reversed(points) if len(p.curve) > 1]
+    if curves:
+        chart = Chart(
+            title="training loss; the darker, the lower the held-out loss at the end",
+            x_label="tokens",
+            y_label="loss (nats per token)",
+            series=curves,
+        )
+        body.append("<h2>Curves</h2>" + charts_svg("", [chart], 1000))
+    return "".join(body) + "<h2>Points</h2>" + _table(axes, points, colors)
 
 
 def _loss(point: SweepPoint) -> float | None:
@@ -99,13 +123,6 @@ def _colors(points: Sequence[SweepPoint]) -> dict[str, str]:
         light, dark = (190, 215, 245), (20, 50, 120)
         found[name] = "#" + "".join(f"{round(d + (a - d) * share):02x}" for a, d in zip(light, dark, strict=True))
     return found
-
-
-def _level_range(points: Sequence[SweepPoint]) -> tuple[float, float]:
-    """Without the fall of the first steps, which would squeeze the rest flat."""
-    late = [y for p in points for _, y in p.curve[len(p.curve) // 10 :]]
-    low, high = min(late), max(late)
-    return low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
 
 
 def _coordinates(axes: Sequence[str], points: Sequence[SweepPoint], colors: dict[str, str]) -> str:
@@ -138,7 +155,10 @@ def _coordinates(axes: Sequence[str], points: Sequence[SweepPoint], colors: dict
             told = [told[0], told[-1]]
         for value, share in told:
             text = f"{float(value):.4g}" if i == len(axes) else value
-            parts.append(f'<text x="{at + 5:.1f}" y="{y(share) + 4:.1f}" fill="#555">{escape(text[:24])}</text>')
+            parts.append(
+                f'<text x="{at + 6:.1f}" y="{y(share) + 4:.1f}" fill="#333" stroke="#fff" stroke-width="6" '
+                f'stroke-linejoin="round" paint-order="stroke">{escape(text[:24])}</text>'
+            )
     return "".join(parts) + "</svg>"
 
 
@@ -161,7 +181,7 @@ def _table(axes: Sequence[str], points: Sequence[SweepPoint], colors: dict[str, 
     heads = ["point", *axes, "state", "held-out loss", "parameters", "tokens", "steps (s)", "Wh (site)", "g CO2e"]
     rows = []
     for rank, p in enumerate(points):
-        best = ' class="best"' if rank == 0 and _loss(p) is not None else ""
+        best = ' class="best"' if rank == 0 and len(points) > 1 and _loss(p) is not None else ""
         numbers = [
             "" if p.held_out_loss is None else f"{p.held_out_loss:.4f}",
             "" if p.parameters is None else short(p.parameters),

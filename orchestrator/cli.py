@@ -1,7 +1,7 @@
 """The command `arriero`: what a person types, and the one place where every command's words stand.
 
 Handlers import what they need when they are called: `--help`, `plan` and `status` never import torch.
-Exit codes: 0 success, 1 failure, 2 the user's mistake.
+Exit codes: 0 success, 1 failure, 2 the user's mistake, 130 Ctrl-C.
 """
 
 import argparse
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 Handler = Callable[[argparse.Namespace], int]
+_OF_RANKS = ("energy-sample", "wandb-mirror")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser = _parser_of_ranks() if words and words[0] in _OF_RANKS else _parser()
+    args, rest = parser.parse_known_args(words)
     if rest:  # words on both sides of an option, which argparse does not put together
         many = next((n for n in ("overrides", "runs") if isinstance(getattr(args, n, None), list)), None)
         if many is None or any(word.startswith("-") for word in rest):
@@ -39,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `arriero ... | head`
         sys.stderr.close()
         return 0
+    except OSError as error:  # a disk, a permission, a store
+        print(f"arriero: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("arriero: stopped by Ctrl-C", file=sys.stderr)
+        return 130
 
 
 def print_json(value: Any) -> None:
@@ -208,6 +216,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     model_card.add_argument("run", type=Path, metavar="RUN", help="a run directory")
 
+    export = _command(
+        commands,
+        "export",
+        _export,
+        "a run's model as a folder for transformers, vLLM and others",
+        "Writes the newest checkpoint's weights (safetensors), configuration, tokenizer and model card, as transformers' "
+        "LlamaForCausalLM reads them. Beside a run that goes on, too. "
+        "Example: arriero export runs/mine --to mine-hf",
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument("--step", type=int, default=None, help="of this checkpoint (default: the newest)")
+    export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default bf16)")
+    _takes_json(export)
+
     watch = _command(commands, "watch", _watch, "a run at a glance in this terminal, until it ends or Ctrl-C")
     watch.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     watch.add_argument("--once", action="store_true", help="print one frame and end")
@@ -314,14 +337,20 @@ def _parser() -> argparse.ArgumentParser:
     told.add_argument("--output", type=Path, metavar="FILE", help="the page (default: DIR/sweep.html)")
     _takes_json(told)
 
-    # Started by the ranks, one a node; not for people, so not in --help.
-    sampler = commands.add_parser("energy-sample")
+    return parser
+
+
+def _parser_of_ranks() -> argparse.ArgumentParser:
+    """Of the commands that ranks start, one a node: not for people, so neither in --help nor among the choices."""
+    parser = argparse.ArgumentParser(prog="arriero")
+    commands = parser.add_subparsers(required=True)
+    sampler = commands.add_parser(_OF_RANKS[0])
     sampler.add_argument("run_dir", type=Path)
     sampler.add_argument("--attempt", type=int, required=True)
     sampler.add_argument("--watch", type=int, default=None, metavar="PID")
     sampler.add_argument("--sample-s", type=float, default=15.0)
     sampler.set_defaults(handler=_energy_sample)
-    mirror = commands.add_parser("wandb-mirror")
+    mirror = commands.add_parser(_OF_RANKS[1])
     mirror.add_argument("run_dir", type=Path)
     mirror.add_argument("--watch", type=int, required=True, metavar="PID")
     mirror.set_defaults(handler=_wandb_mirror)
@@ -662,6 +691,12 @@ def _report_model_card(args: argparse.Namespace) -> int:
 
     print(card(args.run), end="")
     return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from orchestrator.export import export
+
+    return export(args.run, args.to, args.step, args.dtype, args.json)
 
 
 def _watch(args: argparse.Namespace) -> int:

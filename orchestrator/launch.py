@@ -1,5 +1,6 @@
 """`arriero launch`: a configuration becomes a run directory and a job; run again, the same command goes on."""
 
+import contextlib
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import fsspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,7 +29,7 @@ from orchestrator.energy.carbon import Start, start_of
 from orchestrator.errors import Failure, UserError
 from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, StepRecord, kept_steps, read_all_steps, read_events, utc_now
-from orchestrator.run_dir import RunDir
+from orchestrator.run_dir import SWEEP, RunDir
 from orchestrator.show import write_page
 from orchestrator.snapshot import snapshot
 from orchestrator.spec import RunSpec
@@ -66,6 +68,8 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     if missing := spec.model.not_built():
         raise UserError("\n".join(missing))
     run_dir, now_s = RunDir(spec.run_dir.resolve()), time.time()
+    if (run_dir.root / SWEEP).exists() and not run_dir.spec.exists():
+        raise UserError(f"{_short(run_dir.root)} is the directory of a sweep: give this run another name (name=...)")
     if dry_run:
         return _dry_run(spec, run_dir, greenest(spec, forecast_of(spec, now_s), now_s))
     if is_finished(run_dir) and not _changed(run_dir, spec):
@@ -90,8 +94,11 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         console.print(f"layout chosen      {forecast.layout_sentence(spec.layout)}")
     expected = forecast_of(spec, now_s)
     start = greenest(spec, expected, now_s)
-    write_run_dir(spec, run_dir, overrides)
-    write_plan(run_dir, expected)
+    _refuse_changed(run_dir, spec)
+    if not run_dir.spec.exists():
+        _ask_store(spec)
+    if cpus := on_cpus(spec):
+        console.print(cpus)
     if expected is None:
         console.print(f"no forecast        {forecast.why_no_forecast(spec)} (docs/plan.md)")
     else:
@@ -99,8 +106,10 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         for text in expected.assumed:
             console.print(f"assumed            {text}")
     prepared = _prepare(console, spec)
-    run_dir.data.write_text(f"{prepared.root.resolve()}\n")
     _print_mix(console, spec, prepared)
+    write_run_dir(spec, run_dir, overrides)  # last: what was refused until here leaves the name free
+    write_plan(run_dir, expected)
+    run_dir.data.write_text(f"{prepared.root.resolve()}\n")
     run_dir.cancelled.unlink(missing_ok=True)
     if spec.cluster.kind == "slurm":
         return _submit(console, spec, run_dir, start)
@@ -109,17 +118,36 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     console.print(f"job {job.id} on {spec.cluster.name}, {spec.cluster.gpus} rank(s); logs in {_short(run_dir.logs)}")
     _follow(console, spec, run_dir, job, before)
     if failure := job.failure():
+        _tell_failed(run_dir, job.id, failure)
+        _write_page(console, run_dir)
         raise Failure(f"the run failed; its logs are in {_short(run_dir.logs)}\n{failure}")
     if (last := _newest(_of_job(read_events(run_dir.events), job.id), "failed")) is not None:
         raise Failure(f"the run failed: {last.detail}")
     if not is_finished(run_dir):
         kept = kept_steps(read_all_steps(run_dir.records))
         step = kept[-1].step if kept else 0
-        console.print(f"\nStopped and saved at step {step:,} of {spec.steps:,}. To go on, run the same command again.")
+        stopped = _newest(_of_job(read_events(run_dir.events), job.id), "stopped")
+        saved_step = stopped.data.get("saved_step") if stopped else None
         _write_page(console, run_dir)
+        if saved_step != step:
+            newest = "none" if saved_step is None else f"of step {saved_step:,}"
+            raise Failure(
+                f"stopped at step {step:,} of {spec.steps:,}, and not saved: the newest checkpoint is {newest}. Mend "
+                f"what the save_failed events in {_short(run_dir.events)} tell; the same command goes on from there"
+            )
+        console.print(f"\nStopped and saved at step {step:,} of {spec.steps:,}. To go on, run the same command again.")
         return 0
     _print_summary(console, spec, run_dir)
     return 0
+
+
+def _tell_failed(run_dir: RunDir, job_id: str, failure: str) -> None:
+    """What `status` and the page say of a run whose ranks could tell nothing themselves any more."""
+    events = read_events(run_dir.events)
+    if _newest(_of_job(events, job_id), "failed") is None:
+        step = events[-1].step if events else 0
+        with JsonlWriter(run_dir.events / "supervise.jsonl") as told:
+            told.write(Event(time_utc=utc_now(), kind="failed", step=step, detail=failure.strip().splitlines()[0]))
 
 
 def _request(spec: RunSpec, run_dir: RunDir, start: Start | None, dry_run: bool = False) -> JobRequest:
@@ -146,10 +174,34 @@ def _dry_run(spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:
         raise UserError(
             f"--dry-run prints the sbatch script, and cluster={spec.cluster.name} is no Slurm: choose cluster=slurm"
         )
+    if cpus := on_cpus(spec):
+        print(cpus, file=sys.stderr)  # beside the script
     print(
         sbatch_script(replace(_request(spec, run_dir, start, dry_run=True), token="set-when-it-is-submitted")), end=""
     )
     return 0
+
+
+def _ask_store(spec: RunSpec) -> None:
+    """Before a first start here, whether the store of its checkpoints answers: without credentials all steps would be lost."""
+    if spec.cluster.kind != "local" or "://" not in (url := spec.checkpoint.url or ""):
+        return
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+        filesystem.exists(path)
+    except Exception as error:  # whatever the store's client raises
+        raise Failure(f"checkpoint.url={url} does not answer: {error}") from None
+
+
+def on_cpus(spec: RunSpec) -> str:
+    """Said where the job asks Slurm for GPUs and its ranks compute on CPUs, as on a virtual cluster they should; else empty."""
+    asks = spec.cluster.kind == "slurm" and "gpu" in f"{spec.cluster.gres} {spec.cluster.sbatch}"
+    if spec.gpu.device != "cpu" or not asks:
+        return ""
+    return (
+        f"computes on        CPUs (gpu={spec.gpu.name}), though {spec.cluster.gpus_per_node} GPUs a node are asked for: "
+        "for GPUs choose gpu=h100, or what your cluster has"
+    )
 
 
 def forecast_of(spec: RunSpec, now_s: float) -> forecast.Plan | None:
@@ -219,13 +271,9 @@ def is_finished(run_dir: RunDir) -> bool:
 
 def write_run_dir(spec: RunSpec, run_dir: RunDir, overrides: Sequence[str]) -> None:
     """The run directory of a first start, or the check that this start continues the run that is there."""
-    if changed := _changed(run_dir, spec):
-        raise UserError(
-            f"{run_dir.root} holds a run of the same name with another configuration:\n"
-            + "\n".join(f"  - {line}" for line in changed)
-            + "\nTo start another run, choose another name (name=...); to go on with this one, leave these as they were."
-        )
     run_dir.root.mkdir(parents=True, exist_ok=True)
+    _write(run_dir.spec, specs.to_yaml(spec), first=True)
+    _refuse_changed(run_dir, spec)  # also where another launch of this name was faster
     _write(run_dir.spec, specs.to_yaml(spec))
     _write(run_dir.overrides, "".join(f"{o}\n" for o in overrides))
     _write(run_dir.environment, json.dumps(_environment(), indent=1) + "\n")
@@ -233,6 +281,16 @@ def write_run_dir(spec: RunSpec, run_dir: RunDir, overrides: Sequence[str]) -> N
     commit, diff = _code_version()
     _write(run_dir.code / "commit.txt", commit + "\n")
     _write(run_dir.code / "diff.patch", diff)
+
+
+def _refuse_changed(run_dir: RunDir, spec: RunSpec) -> None:
+    if changed := _changed(run_dir, spec):
+        more = [f"... and {len(changed) - 12} more"] if len(changed) > 12 else []
+        raise UserError(
+            f"{run_dir.root} holds a run of the same name with another configuration:\n"
+            + "\n".join(f"  - {line}" for line in [*changed[:12], *more])
+            + "\nTo start another run, choose another name (name=...); to go on with this one, leave these as they were."
+        )
 
 
 def _changed(run_dir: RunDir, spec: RunSpec) -> list[str]:
@@ -253,11 +311,16 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _write(path: Path, text: str) -> None:
-    """All or nothing: a reader never sees half a file."""
+def _write(path: Path, text: str, first: bool = False) -> None:
+    """All or nothing: a reader never sees half a file. `first`: what is there already stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    if not first:
+        temporary.replace(path)
+        return
+    with contextlib.suppress(OSError):  # it is there, or this file system has no links
+        os.link(temporary, path)
+    temporary.unlink()
 
 
 @cache  # the launches of a sweep share it
@@ -301,6 +364,8 @@ def _prepare(console: Console, spec: RunSpec) -> PreparedData:
         prepared = prepare(spec.data, progress)
     except ValueError as error:
         raise UserError(str(error)) from None
+    except OSError as error:  # a full disk names no file
+        raise Failure(f"the data could not be prepared in data.cache={spec.data.cache}: {error}") from None
     if said:
         console.print(f"data prepared in {time.monotonic() - started:.0f} s: {_short(prepared.root)}")
     return prepared

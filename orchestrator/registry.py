@@ -18,6 +18,7 @@ from orchestrator.record import Event, read_events, read_last
 from orchestrator.run_dir import RunDir
 from slurm import queue
 
+_WHY = 120  # characters of it in a table: the events of one run, and JSON, tell it whole
 _STEPS = re.compile(r"^steps: (\d+)$", re.MULTILINE)
 
 
@@ -179,8 +180,9 @@ def _last_event(path: Path) -> Event | None:
 
 
 def show(found: Sequence[RunRow], as_json: bool, details: bool) -> int:
-    """Prints the rows, with `details` of the first also what happened to it. Exit code 1 where that one has failed."""
-    told = _told(RunDir(Path(found[0].run_dir))) if details and found else []
+    """Prints the rows; `details` of one alone also what happened to it, with exit code 1 where it has failed."""
+    details = details and len(found) == 1
+    told = _told(RunDir(Path(found[0].run_dir))) if details else []
     if as_json:
         events = {"events": [asdict(e) for e in told]} if details else {}
         print(json.dumps([asdict(r) | events for r in found], indent=2))
@@ -191,7 +193,7 @@ def show(found: Sequence[RunRow], as_json: bool, details: bool) -> int:
             ("run", "state", "job", ">step", ">loss", ">tokens/s", ">starts", "went on after", "why"),
             [
                 (
-                    r.name,
+                    r.run_dir,
                     r.state,
                     r.job_id or "-",
                     "-" if r.step is None else f"{r.step:,}/{r.steps:,}" if r.steps else f"{r.step:,}",
@@ -199,14 +201,14 @@ def show(found: Sequence[RunRow], as_json: bool, details: bool) -> int:
                     "-" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}",
                     str(r.attempts),
                     ", ".join(f"{cause} x{n}" if n > 1 else cause for cause, n in Counter(r.lineage).items()) or "-",
-                    r.why,
+                    r.why if len(r.why) <= _WHY else r.why[: _WHY - 4] + " ...",
                 )
                 for r in found
             ],
         )
         for event in told:
             print(f"  {event.time_utc[:19]}Z  {event.kind:12} {event.detail}")
-    return 1 if details and found and found[0].state == "failed" else 0
+    return 1 if details and found[0].state == "failed" else 0
 
 
 def _print_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

@@ -10,6 +10,8 @@ from typing import Self
 
 from orchestrator.errors import UserError
 
+SWEEP = "sweep.json"  # in the directory of a sweep, below which its points' run directories lie
+
 
 @dataclass(frozen=True)
 class RunDir:

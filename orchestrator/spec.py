@@ -9,7 +9,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import yaml
+from fsspec.utils import get_protocol
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -17,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import OmegaConfDumper
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -28,6 +30,7 @@ from model.cost import GpuConfig
 from model.data.config import DataConfig
 from model.layout import Layout
 from orchestrator import shrink
+from orchestrator.energy.carbon import place_problems
 from orchestrator.energy.config import CarbonConfig
 from orchestrator.errors import UserError
 from orchestrator.plan.config import PlanConfig
@@ -75,6 +78,7 @@ class RunSpec:
         found = [
             f"{f}={getattr(self, f)} must be at least 1" for f in ("steps", "eval_every_steps") if getattr(self, f) < 1
         ]
+        found += [*name_problems(self.name), *self._url_problems()]
         if self.precision not in ("auto", "bf16", "fp32"):
             found.append(f"precision={self.precision} is none of auto, bf16, fp32")
         if self.compile not in ("auto", "on", "off"):
@@ -93,6 +97,13 @@ class RunSpec:
         )
         for section in sections:
             found += section.problems()
+        if not self.carbon.problems():
+            found += place_problems(self.carbon)
+        if (ids := self.data.tokenizer.vocab_size) > self.model.vocab_size:
+            found.append(
+                f"data.tokenizer.vocab_size={ids} is more than model.vocab_size={self.model.vocab_size}: set "
+                f"model.vocab_size={ids}, or leave data.tokenizer.vocab_size out"
+            )
         if not self.model.problems():
             found += self.layout.problems(
                 self.model, self.optim.batch_sequences, self.cluster.gpus, self.cluster.gpus_per_node
@@ -104,6 +115,30 @@ class RunSpec:
                 f"optim.warmup_steps={self.optim.warmup_steps} leaves no step of steps={self.steps} to train: lower it"
             )
         return found
+
+    def _url_problems(self) -> list[str]:
+        """URLs that no file system is there for: unknown, or its package is missing."""
+        found = []
+        if "://" in self.run_root:
+            found.append(f"run_root={self.run_root} must be a folder of a file system: records are appended there")
+        urls = {"checkpoint.url": self.checkpoint.url, "data.tokenizer.path": self.data.tokenizer.path}
+        for field, url in (urls | {f"data.sources.{n}.path": s.path for n, s in self.data.sources.items()}).items():
+            if url and "://" in url:
+                try:
+                    fsspec.get_filesystem_class(get_protocol(url))
+                except (ValueError, ImportError) as error:
+                    found.append(f"{field}={url}: {error}: give a path, or a URL such as s3://bucket/folder")
+        return found
+
+
+def name_problems(name: str) -> list[str]:
+    """Of a run or a sweep: a folder below run_root, and not one of those that are not for people (runs/.data)."""
+    if name.isprintable() and all(part.strip() and not part.startswith(".") for part in name.split("/")):
+        return []
+    return [
+        f"name={name!r} must name a folder below run_root, such as name=mine or name=group/mine: not empty, not absolute, "
+        "no part beginning with a dot, no line break"
+    ]
 
 
 def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -128,7 +163,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> RunSpec
     `config_dir` is a folder of the user's own groups, searched beside the package's.
     Raises UserError with everything that is wrong, together.
     """
-    search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    search = _search(config_dir)
     wrong: list[str] = []
     try:
         spec = _compose([*search, *overrides])
@@ -147,6 +182,16 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> RunSpec
     return spec
 
 
+def _search(config_dir: Path | None) -> list[str]:
+    if config_dir is None:
+        return []
+    if not config_dir.is_dir():
+        raise UserError(
+            f"--config-dir {config_dir} is no folder: give one with your groups, as my_conf of my_conf/data/mine.yaml"
+        )
+    return [f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+
+
 def _told(wrong: Sequence[str]) -> str:
     plural = "is 1 problem" if len(wrong) == 1 else f"are {len(wrong)} problems"
     return f"there {plural} with this configuration:\n" + "\n".join(f"  - {w}" for w in wrong)
@@ -159,7 +204,7 @@ def compose_many(sweep: Sequence[Sequence[str]], config_dir: Path | None = None)
     (`optim.lr=1e-4`) is then set as Hydra does it, after the groups. What Hydra refuses on this way goes through `compose`,
     which says why.
     """
-    search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    search = _search(config_dir)
     bases: dict[tuple[tuple[str, ...], ...], Any] = {}
     found: list[RunSpec | str] = []
     for overrides in sweep:
@@ -216,7 +261,7 @@ _PLAIN_KEYS = frozenset(
 
 
 def load(path: Path) -> RunSpec:
-    """The spec that a run directory holds. What did not exist when it was written has today's default."""
+    """The spec that a run directory holds. What did not exist when it was written has today's default; what is gone is left."""
     if not path.exists():
         raise UserError(f"{path} does not exist: is this a run directory?")
     return copy.deepcopy(_loaded(path.read_text(encoding="utf-8")))
@@ -225,6 +270,8 @@ def load(path: Path) -> RunSpec:
 @lru_cache(maxsize=1024)  # a sweep's report asks several times for each of many
 def _loaded(text: str) -> RunSpec:
     values = OmegaConf.create(text)
+    assert isinstance(values, DictConfig)
+    values.get("plan", {}).pop("spare_nodes", None)  # until 2026-11: cluster.spare_nodes says it now
     try:
         return _typed(values)
     except MissingMandatoryValue:

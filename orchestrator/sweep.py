@@ -30,12 +30,12 @@ from orchestrator.columns import read_columns
 from orchestrator.errors import Failure, UserError
 from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
+from orchestrator.run_dir import SWEEP as JOURNAL
 from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec
 from orchestrator.sweep_optuna import Search, optimise, search_of
 from orchestrator.sweep_slurm import submit_points, wait_for
 
-JOURNAL = "sweep.json"
 # Where and how a point runs, not what it computes: another cluster or a finer log makes no other point (unless it is swept).
 _NOT_CONTENT = {"cluster", "gpu", "layout", "checkpoint", "dashboard", "carbon", "spikes", "plan", "run_root", "name"}
 
@@ -170,8 +170,7 @@ def launch_sweep(
     if halving is not None:
         _refuse_unequal(halving, resolved)
         _refuse_unwaited("--halving", first, wait)
-    root = (Path(first.run_root) / name).resolve()
-    root.mkdir(parents=True, exist_ok=True)
+    root = _root(first, name)
     with _alone(root):
         points = _entered(root, points)
         for point, spec in zip(points, resolved, strict=True):
@@ -211,8 +210,7 @@ def _launch_search(
     first = specs.compose(fixed, config_dir)
     _refuse_limit(limit_parallel, first)
     _refuse_unwaited("hydra/sweeper=optuna", first, wait)
-    root = (Path(first.run_root) / _sweep_name(parsed, keys)).resolve()
-    root.mkdir(parents=True, exist_ok=True)
+    root = _root(first, _sweep_name(parsed, keys))
     shown = launching._short(root)
 
     def run(lines: list[list[str]]) -> list[float | None]:
@@ -245,6 +243,17 @@ def _launch_search(
         print(f"see them with `arriero sweep report {shown}`")
         return 0 if ok else 1
     return 1
+
+
+def _root(spec: RunSpec, name: str) -> Path:
+    """The sweep's directory, made. Raises UserError where the name is none, or a run's."""
+    if wrong := specs.name_problems(name):
+        raise UserError("\n".join(wrong))
+    root = (Path(spec.run_root) / name).resolve()
+    if RunDir(root).spec.exists() and not (root / JOURNAL).exists():
+        raise UserError(f"{launching._short(root)} is the directory of a run: give this sweep another name (name=...)")
+    root.mkdir(parents=True, exist_ok=True)
+    return root
 
 
 def _refuse_limit(limit_parallel: int | None, spec: RunSpec) -> None:

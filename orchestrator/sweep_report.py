@@ -1,5 +1,7 @@
 """`arriero sweep status | report`: what stands in the run directories of a sweep, read from the disk."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dashboards.carbon import CarbonStatement
-from dashboards.sweep_page import SweepPoint, sweep_page
+from dashboards.sweep_page import APART, SweepPoint, equals, sweep_page
 from model.cost import parameter_count
 from orchestrator import spec as specs
 from orchestrator.carbon_report import accounted
@@ -31,13 +33,13 @@ _UNKNOWN = "UNKNOWN"  # Slurm does not answer
 class SweepReport:
     root: Path
     axes: list[str]  # overrides that differ between points
-    points: list[SweepPoint]  # best first; those without a held-out loss last
+    points: list[SweepPoint]  # of each corpus best first; those without a held-out loss last
     steps_saved_share: float  # of all steps, those that points dropped by halving did not train
     total: CarbonStatement | None  # of all points: each physical device counts once
 
     def as_json(self) -> dict[str, Any]:
         names = (
-            "name state values held_out_loss parameters tokens steps_s energy_kwh energy_site_kwh co2e_kg detail".split()  # noqa: SIM905
+            "name state corpus values held_out_loss parameters tokens steps_s energy_kwh energy_site_kwh co2e_kg detail".split()  # noqa: SIM905
         )
         return {
             "sweep": str(self.root),
@@ -145,6 +147,7 @@ def report(root: Path, overrides: Sequence[str] = ()) -> SweepReport:
     live = _live(root, points)
     found = [_point(root, p, {a: values[p.directory].get(a, "") for a in axes}, by_run, live) for p in points]
     found.sort(key=lambda p: p.held_out_loss if p.held_out_loss is not None and p.state == "finished" else math.inf)
+    found = [p for same in equals(found).values() for p in same]
     rows = [_status(root, p, live) for p in points]
     planned = sum(r["steps"] or 0 for r in rows)
     saved = sum(r["steps"] - r["step"] for r in rows if r["state"] == "dropped")
@@ -163,7 +166,7 @@ def _point(
     run_dir = RunDir(root / point.directory)
     events = read_events(run_dir.events)
     state, detail = _state(run_dir, events, live.get(point.directory))
-    begun = run_dir.spec.exists()
+    spec = specs.load(run_dir.spec) if run_dir.spec.exists() else None
     columns = read_columns(run_dir.records)
     kept = columns.where(columns.kept())
     tokens, loss = kept["tokens"], kept["loss"]
@@ -175,7 +178,7 @@ def _point(
         state=state,
         values=values,
         held_out_loss=_held_out(events),
-        parameters=parameter_count(specs.load(run_dir.spec).model) if begun else None,
+        parameters=parameter_count(spec.model) if spec else None,
         tokens=int(tokens[-1]) if len(tokens) else 0,
         steps_s=float(columns["step_s"].sum()) if len(columns) else 0.0,
         energy_kwh=_central(statement, "energy_kwh"),
@@ -183,22 +186,35 @@ def _point(
         co2e_kg=_central(statement, "co2e_kg"),
         curve=[(t, y) for t, y in curve if math.isfinite(y) and t > 0],
         detail=detail,
+        corpus=corpus(spec) if spec else "",
     )
+
+
+def corpus(spec: specs.RunSpec) -> str:
+    """What its losses per token are of; its last word stands for the sources and the tokenizer, all of them."""
+    data = specs.as_dict(spec)["data"]
+    texts = json.dumps([data["sources"], data["tokenizer"]], sort_keys=True)
+    digest = hashlib.sha256(texts.encode()).hexdigest()[:6]
+    return f"vocabulary of {spec.model.vocab_size:,}, data {spec.data.name} {digest}"
 
 
 def markdown(found: SweepReport) -> str:
     heads = [*found.axes, "state", "held-out loss", "tokens", "Wh (site)", "g CO2e"]
-    lines = [" | ".join(["", *heads, ""]).strip(), " | ".join(["", *("---" for _ in heads), ""]).strip()]
-    for p in found.points:
-        cells = [
-            *(p.values[a] for a in found.axes),
-            p.state,
-            f"{p.held_out_loss:.4f}" if p.held_out_loss is not None else "",
-            f"{p.tokens:,}",
-            _thousandths(p.energy_site_kwh),
-            _thousandths(p.co2e_kg),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    groups = equals(found.points)
+    lines = [APART] if len(groups) > 1 else []
+    for name, same in groups.items():
+        lines += ["", f"{name}:", ""] if name else []
+        lines += [" | ".join(["", *heads, ""]).strip(), " | ".join(["", *("---" for _ in heads), ""]).strip()]
+        for p in same:
+            cells = [
+                *(p.values[a] for a in found.axes),
+                p.state,
+                f"{p.held_out_loss:.4f}" if p.held_out_loss is not None else "",
+                f"{p.tokens:,}",
+                _thousandths(p.energy_site_kwh),
+                _thousandths(p.co2e_kg),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
     energy, carbon = _central(found.total, "site_energy_kwh"), _central(found.total, "co2e_kg")
     together = f"{_thousandths(energy)} Wh (site)" if energy is not None else "no energy was measured"
     together += f", {_thousandths(carbon)} g CO2e" if carbon is not None else ", no carbon intensity is configured"

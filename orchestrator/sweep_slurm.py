@@ -79,6 +79,8 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
             continue
         fresh.append((point, spec))
     print(f"{len(todo) - len(fresh)} queued or running already (or stopped for a person), {len(fresh)} to submit")
+    if fresh and (cpus := launching.on_cpus(fresh[0][1])):
+        print(cpus)
     prepared: dict[str, Path] = {}
     for point, spec in fresh:
         run_dir = RunDir(spec.run_dir)

@@ -133,7 +133,25 @@ Files = list[tuple[Any, str, str]]
 
 
 def _files(name: str, source: SourceConfig) -> Files:
-    return [] if source.format == "embedded" else find_files(name, source)
+    if source.format == "embedded":
+        return []
+    with _naming(f"data.sources.{name}.path={source.path}"):
+        return find_files(name, source)
+
+
+@contextlib.contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """What a store's client raises (no credentials, no such host) is no OSError and names nothing."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{field} does not exist") from None
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        if "://" not in field:
+            raise
+        raise OSError(f"{field}: {error}") from error
 
 
 def _documents(name: str, source: SourceConfig, files: Files) -> Iterator[str]:
@@ -157,7 +175,9 @@ def _fingerprint(config: DataConfig, files: dict[str, Files]) -> str:
         "embedded": embedded.fingerprint() if any(s.format == "embedded" for s in config.sources.values()) else None,
     }
     if config.tokenizer.path is not None:
-        about["tokenizer_json"] = hashlib.sha256(Tokenizer.load(config.tokenizer.path).to_json().encode()).hexdigest()
+        with _naming(f"data.tokenizer.path={config.tokenizer.path}"):
+            tokenizer = Tokenizer.load(config.tokenizer.path)
+        about["tokenizer_json"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -166,8 +186,9 @@ def _build(config: DataConfig, files: dict[str, Files], root: Path, progress: Pr
         tokenizer = Tokenizer.load(config.tokenizer.path)
         if tokenizer.vocab_size > config.tokenizer.vocab_size:
             raise ValueError(
-                f"data.tokenizer.path={config.tokenizer.path} has {tokenizer.vocab_size} ids, the model only "
-                f"{config.tokenizer.vocab_size}: set model.vocab_size={tokenizer.vocab_size}"
+                f"data.tokenizer.path={config.tokenizer.path} has {tokenizer.vocab_size} ids, and "
+                f"data.tokenizer.vocab_size={config.tokenizer.vocab_size}: set model.vocab_size={tokenizer.vocab_size} "
+                f"data.tokenizer.vocab_size={tokenizer.vocab_size}"
             )
     else:
         progress("training the tokenizer", 0, 0)

@@ -4,9 +4,11 @@ Pure but for reading the time series that the user names and the tables that cod
 """
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -67,20 +69,29 @@ def read_series(path: str) -> Series:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"carbon.series={path} does not exist: give a CSV file with the header time_utc,g_per_kwh")
+    try:
+        return _series(path, file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(
+            f"carbon.series={path} is no text: give a CSV file with the header time_utc,g_per_kwh"
+        ) from None
+
+
+@lru_cache(maxsize=4)  # every point of a sweep asks
+def _series(path: str, text: str) -> Series:
     rows: list[tuple[float, float]] = []
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        if not {"time_utc", "g_per_kwh"} <= set(reader.fieldnames or ()):
-            raise UserError(f"{path}: its header is {reader.fieldnames}, and must hold time_utc,g_per_kwh")
-        for row in reader:
-            try:
-                time = datetime.fromisoformat(row["time_utc"])
-                value = float(row["g_per_kwh"])
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path}:{reader.line_num}: {error}") from None
-            if not 0 <= value < 10_000:
-                raise UserError(f"{path}:{reader.line_num}: {value} is no intensity in g CO2e per kWh")
-            rows.append(((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp(), value))
+    reader = csv.DictReader(io.StringIO(text))
+    if not {"time_utc", "g_per_kwh"} <= set(reader.fieldnames or ()):
+        raise UserError(f"{path}: its header is {reader.fieldnames}, and must hold time_utc,g_per_kwh")
+    for row in reader:
+        try:
+            time = datetime.fromisoformat(row["time_utc"])
+            value = float(row["g_per_kwh"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}:{reader.line_num}: {error}") from None
+        if not 0 <= value < 10_000:
+            raise UserError(f"{path}:{reader.line_num}: {value} is no intensity in g CO2e per kWh")
+        rows.append(((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp(), value))
     rows.sort()
     if len({time_s for time_s, _ in rows}) < max(2, len(rows)):
         raise UserError(f"{path} must hold two rows or more, each with a time of its own; it holds {len(rows)}")
@@ -113,6 +124,17 @@ def intensity(config: CarbonConfig) -> Intensity | None:
     else:
         return None
     return Intensity(Range(g * (1 - TABLE_UNCERTAINTY), g, g * (1 + TABLE_UNCERTAINTY)), source, year)
+
+
+def place_problems(config: CarbonConfig) -> list[str]:
+    """Why the grid's intensity cannot be told from where the run says it is: known before it trains."""
+    try:
+        intensity(config)
+        if config.series is not None:
+            read_series(config.series)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _cloud_g_per_kwh(cloud: str) -> tuple[float, str, str]:

@@ -335,9 +335,11 @@ def picture(result: Replay, width: int = 1200, height: int = 420) -> str:
     if not shown:
         return head + f'<text x="{left}" y="80">no finite loss</text></svg>\n'
     first, last = result.observations[0].step, max(o.step for o in result.observations)
-    # The fall of the first steps would squeeze the rest flat: the axis starts where 98 % of the losses lie below.
+    # Where the fall of the first steps would squeeze the rest flat, the axis starts where 98 % of the losses lie below.
     ordered = sorted(o.loss for o in shown)
     low, high = ordered[0], ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
+    if ordered[-1] - low < 2 * (high - low):
+        high = ordered[-1]
     alarmed = [a for a in result.alarms if a.stopping and a.kind is not Kind.NONFINITE]
     near = {s for a in alarmed for s in range(a.onset_step, min(a.last_step, a.onset_step + 1000) + 1)}
     high = max([high] + [o.loss for o in shown if o.step in near])
@@ -348,7 +350,7 @@ def picture(result: Replay, width: int = 1200, height: int = 420) -> str:
         return left + (width - left - right) * (step - first) / max(1, last - first)
 
     def y(loss: float) -> float:
-        return top + (height - top - bottom) * (high - min(max(loss, low), high)) / (high - low)
+        return top + (height - top - bottom) * (high - loss) / (high - low)
 
     columns: dict[int, tuple[float, float]] = {}
     for o in shown:
@@ -363,9 +365,9 @@ def picture(result: Replay, width: int = 1200, height: int = 420) -> str:
         parts.append(
             f'<line x1="{left}" x2="{width - right}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#e6e6e6"/>'
             f'<text x="{left - 8}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.3g}</text>'
-            f'<text x="{x(step):.1f}" y="{height - 14}" text-anchor="{anchor}">{step:,.0f}</text>'
+            f'<text x="{x(step):.1f}" y="{height - 22}" text-anchor="{anchor}">{step:,.0f}</text>'
         )
-    parts.append(f'<text x="{width - right}" y="{height - 1}" text-anchor="end" fill="#777">step</text>')
+    parts.append(f'<text x="{width - right}" y="{height - 6}" text-anchor="end" fill="#777">step</text>')
     parts.append(f'<text x="{left - 8}" y="{top - 10}" text-anchor="end" fill="#777">loss</text>')
     for a in result.alarms:
         color, at = _COLORS[a.kind], x(a.first_step)
@@ -377,7 +379,16 @@ def picture(result: Replay, width: int = 1200, height: int = 420) -> str:
                 f'fill="{color}" opacity="0.22">{tip}</rect>'
             )
         parts.append(f'<path d="M{at:.1f} {top - 2} l-4 -8 h8 z" fill="{color}">{tip}</path>')
-    parts.append(f'<polyline points="{path}" fill="none" stroke="#1c3d5a" stroke-width="1"/>')
+    parts.append(
+        f'<clipPath id="frame"><rect x="{left}" y="{top}" width="{width - left - right}" height="{height - top - bottom}"/>'
+        f'</clipPath><polyline points="{path}" fill="none" stroke="#1c3d5a" stroke-width="1" clip-path="url(#frame)"/>'
+    )
+    if above := [o for o in shown if o.loss > high]:
+        peak = max(above, key=lambda o: o.loss)
+        parts.append(
+            f'<text x="{width - right}" y="20" text-anchor="end" fill="#777">losses above the frame: '
+            f"{len(above):,}, the highest {peak.loss:.4g} at step {peak.step:,}</text>"
+        )
     at = float(left)
     for kind in dict.fromkeys(a.kind for a in result.alarms):
         label = f"{kind.value.replace('_', ' ')} ({sum(a.kind is kind for a in result.alarms)})"

@@ -124,6 +124,30 @@ def test_runs_are_compared_in_one_page(browser: Any, run: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_the_legends_of_many_runs_stay_small_and_the_table_in_its_box(browser: Any, tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"model-tiny.lr-0.00{i}-c166f08349", 60, 1, 20, f"optim.lr=1e-{i}", f"seed={i}")
+        for i in range(1, 7)
+    ]
+    assert main(["dashboard", "page", *map(str, runs), "--output", str(tmp_path / "six.html")]) == 0
+    opened = Opened(browser, (tmp_path / "six.html").as_uri(), width=900)
+    cards = "[...document.querySelectorAll('article:has(canvas)')]"
+    heights = opened.page.evaluate(f"{cards}.map(c => c.offsetHeight)")
+    assert len(heights) > 6
+    assert max(heights) < 600
+    # a name, its colon and its value beside each other: two lines at most
+    rows = opened.page.evaluate("[...document.querySelectorAll('.u-series:not([hidden])')].map(r => r.offsetHeight)")
+    assert max(rows) <= 50
+    box = opened.page.locator("main > .card .scroll").first
+    assert box.evaluate("e => e.scrollWidth > e.clientWidth + 20")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 900
+    box.evaluate("e => e.scrollLeft = 1000")
+    inside = "e => e.getBoundingClientRect().left >= e.closest('.scroll').getBoundingClientRect().left"
+    assert box.locator("td").first.evaluate(inside)  # the names stay in sight
+    opened.context.close()
+
+
+@pytest.mark.slow
 def test_the_served_page_refreshes_itself_and_asks_nobody_else(browser: Any, tmp_path: Path) -> None:
     root = make_run(tmp_path / "going", 100, 1, finished=False)
     follower = RunFollower(root)

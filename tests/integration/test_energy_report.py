@@ -67,7 +67,7 @@ def test_one_run_is_told_in_every_format(tmp_path: Path, capsys: pytest.CaptureF
     rows = list(csv.DictReader(io.StringIO(report(capsys, run, "--format", "csv"))))
     assert {r["figure"]: float(r["value"]) for r in rows} == {k: f["value"] for k, f in figures.items()}
     markdown = report(capsys, run)
-    assert "| llama | 60 W" in markdown
+    assert "| llama | cpu    | 60 W" in markdown
     assert "100% counter" in markdown
     page = report(capsys, run, "--format", "html")
     assert "<h2>llama</h2>" in page

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.record import read_all_steps, read_events
-from tests.integration.words_run import STEPS, environment, launch, losses, make_workplace, run_dir, words
+from tests.integration.words_run import STEPS, arriero, environment, launch, losses, make_workplace, run_dir, words
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +179,53 @@ def test_a_run_whose_energy_budget_is_spent_saves_and_stops(workplace: Path) -> 
     assert "Stopped and saved at step" in stopped.stdout
     assert "carbon.budget_kwh=1e-07: raise it to go on" in stopped.stdout
     assert max(losses(workplace, "spent")) < 2000
+
+
+@pytest.mark.slow
+def test_a_stop_on_a_full_disk_is_not_told_as_saved(workplace: Path, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(1_900_000))
+    command = words("unsaved", f"checkpoint.url={small_disk}/there", "steps=100000", "checkpoint.every_steps=20")
+    with subprocess.Popen(
+        command, cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        said = ""
+        while "No space left" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+        errors = process.stderr.read()
+    assert process.returncode == 1, rest
+    assert "NOT saved at step" in rest
+    assert "Stopped and saved" not in rest
+    assert "not saved: the newest checkpoint is none" in errors
+    assert "NOT saved" in arriero(workplace, "status", "runs/unsaved").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small_disk", ["24m"], indirect=True)
+def test_a_run_whose_last_save_failed_fails_without_training_again_and_is_finished_once_there_is_room(
+    workplace: Path, small_disk: Path
+) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(24_000_000))
+    full = launch(workplace, "full", f"checkpoint.url={small_disk}/there")
+    assert full.returncode == 1
+    assert f"all {STEPS} steps are trained, but the newest checkpoint is none" in full.stderr
+    events = read_events(run_dir(workplace, "full").events)
+    assert [e.kind for e in events if e.kind in ("started", "finished", "failed")] == ["started", "failed"]
+    ballast.unlink()
+    assert launch(workplace, "full", f"checkpoint.url={small_disk}/there").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_sample_that_cannot_be_written_loses_no_model(workplace: Path) -> None:
+    there = run_dir(workplace, "sampleless")
+    there.root.mkdir(parents=True)
+    there.samples.write_text("a file in the way of a folder")
+    done = launch(workplace, "sampleless")
+    assert done.returncode == 0, done.stderr
+    assert "its sample could not be written" in read_events(there.events)[-1].detail

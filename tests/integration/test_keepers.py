@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.faults import Fault, write
 from orchestrator.record import Event, read_events
-from tests.integration.words_run import launch, losses, make_workplace, run_dir
+from tests.integration.words_run import arriero, launch, losses, make_workplace, run_dir
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +76,13 @@ def test_the_crash_budget_ends_it_with_the_ranks_own_error(workplace: Path) -> N
     assert restarted.detail in done.stdout  # brackets and all
     assert "rank 1" in done.stderr
     assert "signal 9" in done.stderr
+    status = arriero(workplace, "status", f"runs/{name}")
+    assert status.returncode == 1
+    assert "failed" in status.stdout
+    (failed,) = events(workplace, name, "failed")
+    assert "rank 1" in failed.detail
+    assert "signal 9" in failed.detail
+    assert failed.detail[:40] in run_dir(workplace, name).page.read_text()
+    again = launch(workplace, name, *TWO_RANKS)  # its faults are behind it: it goes on
+    assert again.returncode == 0, again.stderr
+    assert arriero(workplace, "status", f"runs/{name}").returncode == 0

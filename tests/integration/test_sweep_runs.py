@@ -36,8 +36,10 @@ def test_a_sweep_runs_tells_its_failure_goes_on_and_reports(tmp_path: Path) -> N
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)
     assert set(found["axes"]) == {"steps", "data.sources.a.path"}
-    losses = [p["held_out_loss"] for p in found["points"]]
-    assert losses == sorted(losses)
+    ranked = [(p["corpus"], p["held_out_loss"]) for p in found["points"]]
+    assert len({corpus for corpus, _ in ranked}) == 2  # of two files: ranked apart
+    assert ranked[:2] == sorted(ranked[:2])
+    assert ranked[2:] == sorted(ranked[2:])
     # Runs of a second: any may end between two looks at the meter.
     measured = [p["energy_site_kwh"] for p in found["points"]]
     assert all(kwh is None or kwh >= 0 for kwh in measured)

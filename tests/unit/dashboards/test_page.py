@@ -93,7 +93,7 @@ def test_the_policy_lets_only_the_pages_own_script_and_style_run() -> None:
 
 
 def test_several_runs_are_told_apart_by_what_differs() -> None:
-    data = page_data([view(name="a"), view(name="b", config={"name": "b", "optim": {"lr": 2e-3}})])
+    data = page_data([view(name="a"), view(name="b", config={"name": "b", "run_root": "x", "optim": {"lr": 2e-3}})])
     assert data["differing"] == ["optim.lr"]
     assert [r["name"] for r in data["runs"]] == ["a", "b"]
 

@@ -1,5 +1,6 @@
 """What a person types and reads."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def test_help_names_every_command_and_imports_neither_torch_nor_hydra() -> None:
 
 
 def test_configuring_imports_no_torch() -> None:
-    code = "import sys; from orchestrator.cli import main; main(['config']); print('torch' in sys.modules)"
+    code = "import sys; from orchestrator.cli import main; main(['config', 'carbon.zone=FRA']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -39,7 +40,12 @@ def test_a_users_mistake_is_text_and_exit_code_2() -> None:
 
 
 def test_an_unknown_command_is_exit_code_2() -> None:
-    assert run("lunch").returncode == 2
+    done = run("lunch")
+    assert done.returncode == 2
+    assert "launch" in done.stderr
+    assert "energy-sample" not in done.stderr  # that ranks start
+    assert "wandb-mirror" not in done.stderr
+    assert run("energy-sample", "--help").returncode == run("wandb-mirror", "--help").returncode == 0
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
@@ -67,3 +73,39 @@ def test_a_picture_goes_to_a_file_in_a_folder_that_exists(tmp_path: Path) -> Non
         assert said in done.stderr
         assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_system_refuses_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "loss.csv").write_text("step,loss\n" + "".join(f"{n},{9 - n / 100}\n" for n in range(200)))
+    (tmp_path / "file").write_text("no folder")
+    done = run("spikes", "replay", str(tmp_path / "loss.csv"), "--picture", str(tmp_path / "file" / "folder"))
+    assert done.returncode == 1
+    assert done.stderr == f"arriero: {tmp_path}/file/folder: Not a directory\n"
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
+    words = [
+        *COMMAND,
+        "launch",
+        "model=nano",
+        "model.vocab_size=30000",
+        f"data.cache={tmp_path}",
+        f"run_root={tmp_path}",
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert any("training the tokenizer" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert said == "arriero: stopped by Ctrl-C\n"
+    assert not list(tmp_path.glob("*.building"))
+    assert not (tmp_path / "nano").exists()
+
+
+def test_a_folder_of_groups_that_is_not_there_is_exit_code_2(tmp_path: Path) -> None:
+    for command in (["config"], ["plan"], ["launch"], ["launch", "-m", "seed=1,2"]):
+        done = run(*command, "--config-dir", str(tmp_path / "nope"))
+        assert done.returncode == 2
+        assert "is no folder" in done.stderr

@@ -1,13 +1,22 @@
 """What a launch writes before anything is submitted."""
 
 import json
+import multiprocessing
+import re
+import shlex
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import pytest
+
+from model.data.prepare import prepare
 from orchestrator import launch
 from orchestrator import spec as specs
+from orchestrator.cli import _parser
+from orchestrator.errors import Failure, UserError
 from orchestrator.record import Event, JsonlWriter, utc_now
-from orchestrator.run_dir import RunDir
+from orchestrator.run_dir import SWEEP, RunDir
 
 
 def test_a_run_is_graded_by_what_was_expected_at_its_first_start(tmp_path: Path) -> None:
@@ -33,3 +42,122 @@ def test_a_run_is_graded_by_what_was_expected_at_its_first_start(tmp_path: Path)
     launch.write_plan(run_dir, launch.forecast_of(slower, 0.0))
     launch.write_plan(run_dir, None)
     assert written() == first
+
+
+def text_at(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(
+            f"document {number}: the llama carries {number * 7} loads over the pass.\n" * 9
+        )
+    return folder
+
+
+def test_what_was_refused_leaves_the_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step was trained: the corrected command is another run's first launch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "submit", lambda request: (_ for _ in ()).throw(Failure("submitted")))
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    for name, path in (("wrong", tmp_path / "nowhere"), ("right", text_at(tmp_path / "texts"))):
+        source = f"{{path: {path}, proportion: 1.0, format: text}}"
+        (tmp_path / "conf" / "data" / f"{name}.yaml").write_text(f"name: {name}\nsources:\n  only: {source}\n")
+    wrong, right = (
+        specs.compose(["model=nano", "name=x1", f"data={d}"], tmp_path / "conf") for d in ("wrong", "right")
+    )
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        launch.launch(wrong, [])
+    assert not wrong.run_dir.exists()
+    with pytest.raises(UserError, match="less than one row of 1000000"):
+        launch.launch(replace(right, model=replace(right.model, sequence_length=1_000_000)), [])
+    assert not wrong.run_dir.exists()
+    with pytest.raises(Failure, match="submitted"):
+        launch.launch(right, [])
+    assert specs.load(RunDir(right.run_dir).spec) == right
+    with pytest.raises(UserError, match="another configuration") as told:
+        launch.launch(specs.compose(["name=x1"]), [])
+    assert re.search(r"\.\.\. and \d+ more", str(told.value))
+    assert len(str(told.value).splitlines()) < 18
+
+
+def _claim(barrier: Barrier, folder: Path, seed: int, won: "multiprocessing.Queue[tuple[int, int]]") -> None:
+    spec = specs.compose(["model=nano", f"seed={seed}"])
+    for number in range(25):
+        barrier.wait()
+        try:
+            launch.write_run_dir(spec, RunDir(folder / str(number)), [])
+            won.put((number, seed))
+        except UserError:
+            won.put((number, 0))
+
+
+def test_of_two_first_launches_at_one_moment_one_has_the_name(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    won: multiprocessing.Queue[tuple[int, int]] = context.Queue()
+    barrier = context.Barrier(2, timeout=120)
+    both = [context.Process(target=_claim, args=(barrier, tmp_path, seed, won)) for seed in (1, 2)]
+    for process in both:
+        process.start()
+    told = [won.get(timeout=120) for _ in range(50)]
+    for process in both:
+        process.join()
+    for number in range(25):
+        (winner,) = [seed for n, seed in told if n == number and seed]
+        assert specs.load(tmp_path / str(number) / "spec.yaml").seed == winner
+
+
+def test_a_run_is_not_made_in_the_directory_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "ladder").mkdir(parents=True)
+    (tmp_path / "runs" / "ladder" / SWEEP).write_text("{}")
+    with pytest.raises(UserError, match="runs/ladder is the directory of a sweep"):
+        launch.launch(specs.compose(["name=ladder"]), [])
+
+
+def test_a_job_that_asks_for_gpus_and_computes_on_cpus_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    slurm = ["cluster=slurm", "layout=fsdp", "layout.dp_shard=8"]
+    assert launch.launch(specs.compose(slurm), [], dry_run=True) == 0
+    told = capsys.readouterr()
+    assert "--gres=gpu:8" in told.out
+    assert "computes on        CPUs (gpu=cpu), though 8 GPUs a node are asked for" in told.err
+    assert "computes on" not in told.out  # which is the script
+    for quiet in ([*slurm, "gpu=h100"], [*slurm, "cluster.gres=null"], []):
+        assert launch.on_cpus(specs.compose(quiet)) == ""
+    assert launch.on_cpus(specs.compose([*slurm, "cluster.gres=null", "+cluster.sbatch.gpus-per-node=8"]))
+
+
+def test_a_full_disk_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(Failure, match=r"data\.cache=file/cache: .*Not a directory"):
+        launch.launch(specs.compose(["model=nano", "data.cache=file/cache"]), [])
+
+
+def test_the_recipe_of_the_documentation_makes_ids_that_its_model_knows(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text()
+    recipe, command = re.findall(r"```(?:yaml)?\n(.*?)```", page, re.DOTALL)[:2]
+    conf = tmp_path / "my_conf" / "data" / "mine.yaml"
+    conf.parent.mkdir(parents=True)
+    conf.write_text(recipe)
+    args = _parser().parse_args(shlex.split(command)[1:])
+    spec = specs.compose(args.overrides, tmp_path / args.config_dir)
+    assert spec.name == spec.data.name == "mine"
+    jsonl = tmp_path / "web.jsonl"
+    jsonl.write_text("".join(json.dumps({"text": f"line {n} of the web"}) + "\n" for n in range(50)))
+    spec.data.sources["web"].path, spec.data.sources["books"].path = str(jsonl), str(text_at(tmp_path / "books"))
+    spec.data.cache = str(tmp_path / "cache")
+    prepared = prepare(spec.data)
+    assert prepared.vocab_size == spec.model.vocab_size
+
+
+def test_a_store_of_checkpoints_without_credentials_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(Failure, match=r"checkpoint\.url=s3://bucket/x does not answer: Unable to locate credentials"):
+        launch.launch(specs.compose(["model=nano", "checkpoint.url=s3://bucket/x"]), [])
+    assert list(tmp_path.iterdir()) == []

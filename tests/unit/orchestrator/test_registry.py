@@ -18,7 +18,7 @@ ROW = RunRow(
     tokens_per_s=1234.5, attempts=2, lineage=["crash", "timeout", "crash"],
 )  # fmt: skip
 NEW = RunRow(
-    name="long_name", run_dir="runs/b", state="new", why="", job_id=None, step=None, steps=None, loss_nats=None,
+    name="b", run_dir="runs/a/b", state="new", why="", job_id=None, step=None, steps=None, loss_nats=None,
     tokens_per_s=None, attempts=0, lineage=[],
 )  # fmt: skip
 
@@ -26,10 +26,45 @@ NEW = RunRow(
 def test_columns_stand_under_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert registry.show([ROW, NEW], as_json=False, details=False) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "run        state    job     step   loss  tokens/s  starts  went on after      why",
-        "a          running  12   7/3,000  2.500     1,234       2  crash x2, timeout  step 7",
-        "long_name  new      -          -      -         -       0  -",
+        "run       state    job     step   loss  tokens/s  starts  went on after      why",
+        "runs/a    running  12   7/3,000  2.500     1,234       2  crash x2, timeout  step 7",
+        "runs/a/b  new      -          -      -         -       0  -",
     ]
+
+
+def test_runs_of_one_name_are_shown_as_other_commands_take_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for sweep in ("one", "two"):
+        RunDir(Path("runs") / sweep / "lr=0.001").spec.parent.mkdir(parents=True)
+        RunDir(Path("runs") / sweep / "lr=0.001").spec.write_text("steps: 9\n")
+    registry.show(registry.rows([Path("runs")]), as_json=False, details=False)
+    told = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert told == ["runs/one/lr=0.001", "runs/two/lr=0.001"]
+    assert all(RunDir.existing(Path(path)) for path in told)
+
+
+def test_a_long_reason_is_cut_in_the_table_and_whole_in_json_and_details(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.spec.parent.mkdir()
+    run.spec.write_text("steps: 9\n")
+    why = "damaged\n" * 50 + "the end"
+    with JsonlWriter(run.attempt_file(run.events, 1)) as events:
+        events.write(Event(time_utc=utc_now(), kind="failed", step=9, detail=why))
+    found = registry.rows([tmp_path])
+    assert registry.show(found, as_json=False, details=False) == 0
+    assert registry.show([*found, ROW], as_json=False, details=True) == 0  # not of one alone
+    told = capsys.readouterr().out
+    assert all(" ..." in line for line in told.splitlines() if "failed" in line)
+    assert "the end" not in told
+    assert max(map(len, told.splitlines())) < len(str(run.root)) + 220
+    assert registry.show(found, as_json=False, details=True) == 1
+    assert "the end" in capsys.readouterr().out
+    registry.show(found, as_json=True, details=False)
+    assert json.loads(capsys.readouterr().out)[0]["why"] == why
 
 
 def test_a_terminal_wraps_the_last_column_only(

@@ -111,6 +111,22 @@ def test_everything_wrong_is_told_together() -> None:
             ["plan.restart_s=[1,nan,3]", "optim.lr=inf"],
             ["plan.restart_s=nan", "optim.lr=inf must be a finite number"],
         ),
+        (["carbon.zone=XXX"], ["carbon.zone=XXX is not in codecarbon's table"]),
+        (["carbon.zone=USA", "carbon.region=Atlantis"], ["carbon.region=Atlantis", "there are: alabama"]),
+        (["carbon.cloud=gcp/nope"], ["carbon.cloud=gcp/nope: no such region", "europe-west1"]),
+        (["carbon.series=/nope.csv"], ["carbon.series=/nope.csv does not exist"]),
+        (
+            ["data.tokenizer.vocab_size=32000"],
+            ["data.tokenizer.vocab_size=32000", "model.vocab_size=4096", "set model.vocab_size=32000"],
+        ),
+        (["checkpoint.url=foo://x"], ["checkpoint.url=foo://x: Protocol not known: foo", "s3://bucket/folder"]),
+        (["data.sources.licences.path=foo://x"], ["data.sources.licences.path=foo://x: Protocol not known"]),
+        (["run_root=s3://bucket/runs"], ["run_root=s3://bucket/runs must be a folder"]),
+        (["name="], ["name='' must name a folder below run_root"]),
+        (["name=../out"], ["name='../out'"]),
+        (["name=/tmp/out"], ["name='/tmp/out'"]),
+        (["name=.data"], ["name='.data'"]),
+        (["name='two\nlines'"], ["name='two\\nlines'"]),
     ],
 )
 def test_each_problem_names_both_numbers_and_the_way_out(overrides: list[str], parts: list[str]) -> None:
@@ -188,6 +204,14 @@ def test_points_that_only_set_values_share_one_composition(each: list[str], monk
     assert len(calls) == 1
 
 
+def test_a_run_with_a_key_that_is_gone_is_still_read(tmp_path: Path) -> None:
+    spec = compose(["experiment=llama_7b"])
+    text = specs.to_yaml(spec).replace("\nplan:\n", "\nplan:\n  spare_nodes: 0\n")
+    assert "spare_nodes: 0\n  name" in text
+    (tmp_path / "spec.yaml").write_text(text)
+    assert specs.load(tmp_path / "spec.yaml") == spec
+
+
 def test_a_run_of_before_a_section_existed_is_still_read(tmp_path: Path) -> None:
     spec = compose(["model=nano", "steps=77"])
     values = specs.as_dict(spec)
@@ -195,3 +219,30 @@ def test_a_run_of_before_a_section_existed_is_still_read(tmp_path: Path) -> None
     del values["checkpoint"]
     (tmp_path / "spec.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
     assert specs.load(tmp_path / "spec.yaml") == spec
+
+
+def test_a_place_that_no_table_holds_is_refused_for_each_point_of_a_sweep() -> None:
+    found = specs.compose_many([["carbon.zone=FRA", "seed=2"], ["carbon.zone=XXX", "seed=3"]])
+    assert isinstance(found[0], specs.RunSpec)
+    assert "carbon.zone=XXX" in str(found[1])
+
+
+def test_a_run_may_be_named_into_a_group() -> None:
+    assert compose(["name=group/mine"]).run_dir == Path("runs/group/mine")
+
+
+def test_a_folder_of_groups_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for call in (lambda at: compose([], at), lambda at: specs.compose_many([["seed=2"]], at)):
+        with pytest.raises(UserError, match=r"--config-dir .*nope is no folder"):
+            call(tmp_path / "nope")
+
+
+def test_the_tokenizer_of_a_mix_that_does_not_say_follows_the_model(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    mix = "sources:\n  a: {path: a.txt, proportion: 1.0}\n"
+    (tmp_path / "data" / "silent.yaml").write_text(f"name: silent\n{mix}")
+    (tmp_path / "data" / "says.yaml").write_text(f"name: says\ntokenizer: {{vocab_size: 300}}\n{mix}")
+    for words, ids in ((["data=silent"], 4096), (["data=silent", "model=nano"], 512), (["data=says"], 300)):
+        assert compose(words, tmp_path).data.tokenizer.vocab_size == ids
+        assert isinstance(one := specs.compose_many([words], tmp_path)[0], specs.RunSpec)
+        assert one.data.tokenizer.vocab_size == ids

@@ -201,6 +201,22 @@ def test_halving_trains_the_better_half_on_and_reports_what_it_saved(
     assert [until for _, until in trained[7:]] == [80, 80, 80]
 
 
+def test_points_of_other_tokens_are_ranked_apart(trained: list[tuple[str, int]]) -> None:
+    from orchestrator.sweep_report import markdown, report, write_page
+
+    sweep.launch_sweep(["model=nano", "name=apart", "steps=40", "model.vocab_size=512,4096", "optim.lr=1e-3,2e-3"])
+    found = report(Path("runs/apart"))
+    corpora = [p.corpus for p in found.points]
+    assert [c.partition(",")[0] for c in corpora] == ["vocabulary of 512"] * 2 + ["vocabulary of 4"] * 2
+    assert len(set(corpora)) == 2
+    assert "does not compare" in markdown(found)
+    assert markdown(found).count("| optim.lr |") == 2
+    assert "does not compare" in write_page(found, Path("apart.html")).read_text()
+
+    sweep.launch_sweep(["model=nano", "name=alike", "steps=40", "optim.lr=1e-3,2e-3"])
+    assert "does not compare" not in markdown(report(Path("runs/alike")))
+
+
 def test_halving_goes_on_where_it_was_cut_off(trained: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["model=nano", "name=lrs", "steps=80", "optim.lr=1e-3,2e-3,3e-3,4e-3"]
     pretend, left = launch.launch, [5]
@@ -228,7 +244,7 @@ def test_halving_refuses_points_whose_steps_are_not_alike(ran: list[str], swept:
 
 
 def test_more_points_than_an_array_takes_are_split_and_share_the_limit(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arrays: list[tuple[int, int, int | None]] = []
@@ -243,6 +259,7 @@ def test_more_points_than_an_array_takes_are_split_and_share_the_limit(
     monkeypatch.setattr(launch, "_prepare", lambda console, spec: SimpleNamespace(root=tmp_path))
     words = ["model=nano", "name=many", "cluster=slurm", "cluster.gpus_per_node=1"]
     assert sweep.launch_sweep([*words, "seed=range(10)", "cluster.cpus_per_gpu=1,2"], limit_parallel=12) == 0
+    assert "computes on        CPUs" in capsys.readouterr().out
     assert arrays == [(4, 1, 2), (4, 1, 2), (2, 1, 2), (4, 2, 2), (4, 2, 2), (2, 2, 2)]
 
 
@@ -285,6 +302,19 @@ def test_points_on_slurm_are_forecast_begin_when_it_is_greenest_and_keep_off_lem
     assert all(plan["tokens_per_s"]["central"] > 0 for plan in plans)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("mine", "runs/mine is the directory of a run"), ("", "name=''"), ("../out", "name='../out'")]
+)
+def test_a_sweep_takes_a_name_that_is_one_and_no_runs(ran: list[str], name: str, said: str) -> None:
+    (run := RunDir(Path("runs/mine"))).root.mkdir(parents=True)
+    run.spec.write_text("name: mine\n")
+    for more in ([], ["hydra/sweeper=optuna"]):
+        with pytest.raises(UserError, match=said):
+            sweep.launch_sweep(["model=nano", f"name={name}", "optim.lr=1e-3,2e-3", *more])
+    assert sorted(p.name for p in Path().iterdir()) == ["runs"]
+    assert [p.name for p in Path("runs/mine").iterdir()] == ["spec.yaml"]
+
+
 def test_two_commands_cannot_lead_one_sweep(ran: list[str], tmp_path: Path) -> None:
     (tmp_path / "runs" / "lrs").mkdir(parents=True)
     with sweep._alone(tmp_path / "runs" / "lrs"), pytest.raises(UserError, match="led by another"):
@@ -292,12 +322,14 @@ def test_two_commands_cannot_lead_one_sweep(ran: list[str], tmp_path: Path) -> N
 
 
 def test_the_commands_of_the_documentation_are_valid() -> None:
-    """Each `launch -m` line has points that compose; each other line is a command."""
+    """Each `launch -m` line has points that compose, with losses that compare; each other line is a command."""
     from orchestrator.cli import _parser
-    from orchestrator.spec import compose
+    from orchestrator.spec import compose_many
+    from orchestrator.sweep_report import corpus
 
     root = Path(__file__).resolve().parents[3]
-    lines = [line for page in ("sweeps", "scaling") for line in (root / f"docs/{page}.md").read_text().splitlines()]
+    pages = [root / page for page in ("README.md", "docs/sweeps.md", "docs/scaling.md")]
+    lines = [line.removeprefix(".venv/bin/") for page in pages for line in page.read_text().splitlines()]
     lines = [shlex.split(line)[1:] for line in lines if line.startswith(("arriero launch -m", "arriero sweep"))]
     assert len(lines) >= 5
     for words in lines:
@@ -308,7 +340,9 @@ def test_the_commands_of_the_documentation_are_valid() -> None:
                 continue
             points = sweep.expand(args.overrides, config_dir)[1]
             assert len(points) > 1
-            assert compose(points[0].overrides, config_dir)
+            specs = compose_many([p.overrides for p in points], config_dir)
+            assert len({corpus(s) for s in specs if not isinstance(s, str)}) == 1, words
+            assert not [s for s in specs if isinstance(s, str)]
 
 
 def test_what_is_no_sweep_is_said(tmp_path: Path) -> None:

@@ -203,3 +203,26 @@ def test_unigram_level_is_the_entropy_of_the_training_tokens(tmp_path: Path) -> 
     expected = -sum(p * np.log(p) for p in shares if p)
     assert prepared.unigram_nats({"only": 1.0}) == pytest.approx(expected)
     assert prepared.sources["only"].unigram_nats == pytest.approx(expected)
+
+
+def test_a_tokenizer_with_more_ids_is_refused_with_a_way_out_that_works(tmp_path: Path) -> None:
+    about = config(tmp_path, SourceConfig(path=str(write_jsonl(tmp_path / "a.jsonl")), proportion=1))
+    ids = prepare(about).tokenizer().vocab_size
+    about.tokenizer = TokenizerConfig(path=str(prepare(about).root / "tokenizer.json"), vocab_size=ids - 1)
+    with pytest.raises(ValueError, match=f"set model.vocab_size={ids} data.tokenizer.vocab_size={ids}$"):
+        prepare(about)
+    about.tokenizer.vocab_size = ids
+    assert prepare(about).vocab_size == ids
+    about.tokenizer.path = str(tmp_path / "nope.json")
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path=.*nope\.json does not exist"):
+        prepare(about)
+
+
+def test_a_store_without_credentials_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(OSError, match=r"data\.sources\.only\.path=s3://bucket/\*\.jsonl: Unable to locate credentials"):
+        prepare(config(tmp_path, SourceConfig(path="s3://bucket/*.jsonl", proportion=1)))

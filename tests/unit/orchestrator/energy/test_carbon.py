@@ -16,6 +16,7 @@ from orchestrator.energy.carbon import (
     energy_range,
     greenest_start,
     intensity,
+    place_problems,
     read_series,
 )
 from orchestrator.energy.config import CarbonConfig
@@ -136,6 +137,24 @@ def test_a_broken_series_is_refused(tmp_path: Path, text: str, said: str):
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(UserError, match=said):
         read_series(str(tmp_path / "s.csv"))
+
+
+def test_a_place_is_known_or_told_before_a_run_trains(tmp_path: Path):
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    for fields, said in (
+        ({"zone": "XXX"}, "carbon.zone=XXX"),
+        ({"series": str(tmp_path / "binary.csv")}, "is no text"),
+        ({"series": str(tmp_path / "nope.csv"), "intensity_g_per_kwh": 5.0}, "does not exist"),
+    ):
+        (problem,) = place_problems(config(**fields))
+        assert said in problem
+    path = write_series(tmp_path / "s.csv", [100, 300])
+    assert place_problems(config(series=path)) == place_problems(config(zone="FRA")) == place_problems(config()) == []
+
+
+def test_a_series_that_was_written_anew_is_read_anew(tmp_path: Path):
+    for value in (100.0, 200.0):
+        assert read_series(write_series(tmp_path / "s.csv", [value, value])).g_per_kwh == (value, value)
 
 
 def test_the_range_of_an_energy_is_as_wide_as_its_worst_part():

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -136,6 +137,33 @@ def test_the_picture_stands_by_itself_and_marks_the_spike(tmp_path: Path) -> Non
     titles = [t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}title")]
     assert any(t.startswith(f"step {SPIKE_AT + 1}, spike") for t in titles)
     assert drawn.count("http") == 1  # the namespace: nothing is fetched
+
+
+def heights(drawn: str) -> tuple[list[float], float]:
+    """Of the curve, and of the highest level that the axis names."""
+    root = ET.fromstring(drawn)
+    (line,) = root.iter("{http://www.w3.org/2000/svg}polyline")
+    levels = [float(e.attrib["y1"]) for e in root.iter("{http://www.w3.org/2000/svg}line")]
+    return [float(p.split(",")[1]) for p in line.attrib["points"].split()], min(levels)
+
+
+def test_the_picture_shows_the_first_losses_or_says_that_it_does_not(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("step,loss\n" + "".join(f"{s},{8.4 - 4 * s / (s + 60)}\n" for s in range(300)))
+    drawn = replay.picture(replay.run_over(log, "cusum"))
+    curve, top = heights(drawn)
+    assert min(curve) > top
+    assert "above the frame" not in drawn
+    step = re.search(r'y="(\d+)"[^>]*>step<', drawn)
+    assert step
+    assert int(step[1]) <= 420 - 4  # room for the p
+
+    log.write_text("step,loss\n" + "".join(f"{s},{2 + 9 * math.exp(-s / 15)}\n" for s in range(4000)))
+    drawn = replay.picture(replay.run_over(log, "cusum"))
+    curve, top = heights(drawn)
+    assert min(curve) < top  # goes out of the frame, and does not lie flat along its edge
+    assert 'clip-path="url(#frame)"' in drawn
+    assert re.search(r"losses above the frame: \d+, the highest 11 at step 0", drawn)
 
 
 def test_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
