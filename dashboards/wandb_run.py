@@ -9,7 +9,9 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from netrc import NetrcParseError, netrc
 from typing import Any
+from urllib.parse import urlsplit
 
 from dashboards.panels import PANELS, metric
 
@@ -31,6 +33,17 @@ ALERTS = {  # event -> W&B's level
     "failed": "ERROR",
     "finished": "INFO",
 }
+
+
+def has_key() -> bool:
+    """Whether W&B's client will find a key of the server's here, in the places of its own."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

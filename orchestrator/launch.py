@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dashboards.curve import loss_curve_svg
+from dashboards.wandb_run import has_key
 from model.data.prepare import PreparedData, prepare
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
@@ -99,6 +100,10 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         _ask_store(spec)
     if cpus := on_cpus(spec):
         console.print(cpus)
+    if spec.dashboard.wandb == "online" and not has_key():
+        console.print(
+            "not mirrored       W&B has no key here (WANDB_API_KEY, wandb login); `arriero dashboard sync` can upload it later"
+        )
     if expected is None:
         console.print(f"no forecast        {forecast.why_no_forecast(spec)} (docs/plan.md)")
     else:

@@ -129,12 +129,11 @@ def _state(
 ) -> tuple[str, str]:
     if last and last.kind == "finished":
         return "finished", last.detail
-    if (
-        supervised
-        and supervised.kind in ("failed", "cancelled")
-        and (last is None or last.time_utc <= supervised.time_utc)
-    ):
-        last = supervised
+    if supervised and supervised.kind in ("failed", "cancelled"):
+        if last is None or last.time_utc <= supervised.time_utc:
+            last = supervised
+        elif last.kind == "stopped" and supervised.data.get("job_id") == job_id:  # what was ended has saved since
+            return supervised.kind, f"{supervised.detail}; {last.detail}"
     job = (live or {}).get(job_id or "") or (ended or {}).get(job_id or "")
     if job and job.live:
         cancelled = "; being cancelled" if run.cancelled.exists() else ""

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator import registry
 from orchestrator.logs import log_errors
-from orchestrator.record import Event, JsonlWriter, utc_now
+from orchestrator.record import Event, JsonlWriter, utc, utc_now
 from orchestrator.registry import RunRow
 from orchestrator.run_dir import RunDir
 
@@ -108,3 +108,27 @@ def test_an_attempt_that_gave_way_to_another_does_not_tell_how_the_run_is(tmp_pa
         (row,) = registry.rows([run.root])  # alone, it is all there is to tell
         assert (row.state, row.attempts) == (kind, 3 - attempt)
         time.sleep(0.002)  # the events' times are of milliseconds
+
+
+def test_a_cancelled_job_that_saved_afterwards_is_cancelled_until_another_goes_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.spec.parent.mkdir()
+    run.spec.write_text("steps: 9\n")
+    run.submission.write_text(json.dumps({"job_id": "12", "token": "t"}))
+    with JsonlWriter(run.events / "supervise.jsonl") as told:
+        told.write(
+            Event(
+                time_utc=utc(time.time() - 1),
+                kind="cancelled",
+                step=4,
+                detail="user: scancel",
+                data={"cause": "user", "job_id": "12"},
+            )
+        )
+    with JsonlWriter(run.attempt_file(run.events, 1)) as events:
+        events.write(Event(time_utc=utc_now(), kind="stopped", step=5, detail="saved at step 5 of 9"))
+    (row,) = registry.rows([tmp_path])
+    assert (row.state, row.why) == ("cancelled", "user: scancel; saved at step 5 of 9")
+    run.submission.write_text(json.dumps({"job_id": "13", "token": "u"}))
+    (row,) = registry.rows([tmp_path])
+    assert row.state == "stopped"
