@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dashboards.carbon import sentence
 from orchestrator import spec as specs
-from orchestrator.energy.carbon import BudgetVerdict, budget_verdict
+from orchestrator.energy.carbon import BudgetVerdict, budget_verdict, place_problems
 from orchestrator.energy.config import CarbonConfig
 from orchestrator.energy.report import AccountedRun, account
 from orchestrator.errors import UserError
@@ -40,7 +40,10 @@ def accounted(root: Path, overrides: Sequence[str] = ()) -> AccountedRun:
     except OmegaConfBaseException as error:
         raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
     assert isinstance(section, CarbonConfig)
-    if problems := section.problems():
+    problems = section.problems()
+    if not problems and any(key in given for key in _INTENSITIES):  # what is asked for now must be known
+        problems = place_problems(section)
+    if problems:
         raise UserError("\n".join(problems))
     return AccountedRun(
         name=root.name,

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="arriero",
         description="Leads a LLaMA pretraining run from a Hydra configuration to a finished model, "
         "on this machine or under Slurm, and accounts for its energy.",
+        epilog="Exit codes: 0 success (a stop that saved, too), 1 failure, 2 your mistake, 130 Ctrl-C.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 

@@ -14,7 +14,15 @@ import numpy as np
 from dashboards.carbon import CarbonStatement, Range
 from orchestrator.columns import condensed, read_columns
 from orchestrator.energy.attribution import CLASSES, ClassSeconds, attempt_windows, attribute, class_seconds, timeline
-from orchestrator.energy.carbon import J_PER_KWH, UNCERTAINTY_METHOD, Series, energy_range, intensity, read_series
+from orchestrator.energy.carbon import (
+    J_PER_KWH,
+    UNCERTAINTY_METHOD,
+    Series,
+    energy_range,
+    intensity,
+    place_problems,
+    read_series,
+)
 from orchestrator.energy.config import CarbonConfig
 from orchestrator.energy.ledger import SOURCES, Interval, Tick, consumption, decode, kind_of, read_ledger
 from orchestrator.record import read_events
@@ -112,7 +120,9 @@ def _read_life(run: AccountedRun) -> _Life:
         if event.kind == "started" and event.attempt is not None:
             sizes[event.attempt] = (event.data.get("nodes", run.nodes), event.data.get("gpus", run.gpus))
     carbon = run.carbon
-    series = read_series(carbon.series) if carbon.series and carbon.intensity_g_per_kwh is None else None
+    series = None
+    if carbon.series and carbon.intensity_g_per_kwh is None and not place_problems(carbon):
+        series = read_series(carbon.series)
     return _Life(windows, sizes, class_seconds(timeline(records, events)), series)
 
 
@@ -253,6 +263,8 @@ def _grid(carbon: CarbonConfig, s: _Sums) -> tuple[Range | None, str, str | None
     """The intensity over this run's consumption (g/kWh), what to say of it, and the place."""
     if carbon.without_intensity:
         return None, "set carbon.zone (such as FRA), carbon.cloud, carbon.series or carbon.intensity_g_per_kwh", None
+    if unknown := place_problems(carbon):  # a series that has been moved, say: the run's energy is told all the same
+        return None, unknown[0], None
     if (found := intensity(carbon)) is not None:
         g = found.g_per_kwh
         place = None if carbon.intensity_g_per_kwh is not None else carbon.cloud or carbon.zone

@@ -143,6 +143,24 @@ def test_a_series_weighs_the_hours_by_what_was_used_in_them(tmp_path: Path, caps
     assert any("does not cover" in remark for remark in told["remarks"])
 
 
+@pytest.mark.parametrize("place", ["zone: XKX", "series: /moved/grid.csv", "cloud: gcp/nowhere"])
+def test_a_run_whose_place_is_known_no_more_is_told_with_its_energy_and_hides_no_other(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    lost, run = write_run(tmp_path / "lost"), write_run(tmp_path / "run")
+    name = place.split(":")[0]
+    spec = (lost / "spec.yaml").read_text()
+    assert f"\n  {name}: null\n" in spec
+    (lost / "spec.yaml").write_text(spec.replace(f"\n  {name}: null\n", f"\n  {place}\n"))
+    told = json.loads(report(capsys, lost, run, "--json"))
+    assert len(told) == 3
+    assert "site_energy_kwh" in told[0]["figures"]
+    assert "co2e_kg" not in told[0]["figures"]
+    assert any(place.split()[1] in remark for remark in told[0]["remarks"])
+    (told,) = json.loads(report(capsys, lost, "carbon.zone=FRA", "--json"))
+    assert "co2e_kg" in told["figures"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
