@@ -5,21 +5,29 @@ from typing import Any
 
 from dashboards.carbon import remarks, to_markdown, to_model_card
 from dashboards.panels import PANELS
-from dashboards.run_view import RunView
+from dashboards.run_view import Happening, RunView
 from dashboards.terminal import sparkline
 
 
-def model_card(run: RunView) -> str:
-    """The whole card. What is not known is said to be not known."""
-    return "\n".join(_front_matter(run) + _body(run))
+def model_card(run: RunView, weights_step: int | None = None) -> str:
+    """The whole card; `weights_step`: of exported weights, which may be older than the run. What is not known is said to be not
+    known."""
+    return "\n".join(_front_matter(run, weights_step) + _body(run, weights_step))
 
 
-def _front_matter(run: RunView) -> list[str]:
-    held_out = run.headline.get("held_out_loss")
-    lines = ["---", "library_name: pytorch", "tags:", "- llama", "- causal-lm", "- arriero"]
+def _evaluated(run: RunView, weights_step: int | None) -> Happening | None:
+    """The newest evaluation, of no later step than the weights."""
+    of_weights = [e for e in run.events if weights_step is None or e.step <= weights_step]
+    return next((e for e in reversed(of_weights) if e.kind == "evaluated" and "loss" in e.data), None)
+
+
+def _front_matter(run: RunView, weights_step: int | None) -> list[str]:
+    evaluated = _evaluated(run, weights_step)
+    library = "pytorch" if weights_step is None else "transformers"
+    lines = ["---", f"library_name: {library}", "tags:", "- llama", "- causal-lm", "- arriero"]
     if run.statement is not None:
         lines += to_model_card(run.statement).rstrip("\n").splitlines()
-    if held_out is not None:
+    if evaluated is not None:
         lines += [
             "model-index:",
             f"- name: {json.dumps(run.name)}",
@@ -27,22 +35,29 @@ def _front_matter(run: RunView) -> list[str]:
             "  - task: {type: text-generation}",
             "    dataset: {name: held-out documents of the training mix, type: held-out}",
             "    metrics:",
-            f"    - {{type: loss, name: held-out loss (nats per token), value: {held_out:.6g}}}",
+            f"    - {{type: loss, name: held-out loss (nats per token), value: {evaluated.data['loss']:.6g}}}",
         ]
     return [*lines, "---", ""]
 
 
-def _body(run: RunView) -> list[str]:
+def _body(run: RunView, weights_step: int | None) -> list[str]:
     c = run.config
     model, optim = c.get("model", {}), c.get("optim", {})
     reached = f"{run.steps_done:,} of {run.steps_planned:,} steps"
     tokens = run.headline.get("tokens")
+    said = f"A LLaMA-style decoder that arriero has not trained yet ({run.state})."
+    if weights_step is not None:
+        seen = weights_step * optim["batch_sequences"] * model["sequence_length"]
+        said = (
+            f"A LLaMA-style decoder trained by arriero: the weights of step {weights_step:,} of {run.steps_planned:,}, after "
+            f"{seen:,} tokens. The run has {reached} ({run.state}); its curve, its speed and its energy below are all of its."
+        )
+    elif tokens is not None:
+        said = f"A LLaMA-style decoder trained by arriero: {reached}, {tokens:,.0f} tokens ({run.state})."
     lines = [
         f"# {run.name}",
         "",
-        f"A LLaMA-style decoder trained by arriero: {reached}, {tokens:,.0f} tokens ({run.state})."
-        if tokens is not None
-        else f"A LLaMA-style decoder that arriero has not trained yet ({run.state}).",
+        said,
         f"Code: `{run.code}`.",
         "",
         "## Model",
@@ -87,9 +102,7 @@ def _body(run: RunView) -> list[str]:
             f"Training loss, nats per token: {known[0]:.4g} at first, {known[-1]:.4g} at the end." if known else ""
         )
     lines += ["", "## Evaluation", ""]
-    evaluated = [e for e in run.events if e.kind == "evaluated" and "loss" in e.data]
-    if evaluated:
-        newest = evaluated[-1]
+    if (newest := _evaluated(run, weights_step)) is not None:
         lines += [
             f"Held-out documents of the mix at step {newest.step:,}, nats per token.",
             "",

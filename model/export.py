@@ -54,6 +54,7 @@ def export(
         if kind == "passed_over":
             passed_over.append(detail)
 
+    tokenizer_json = PreparedData.load(data).tokenizer().to_json()  # before hours of reading
     store = CheckpointStore(checkpoints, config, on_event=on_event, read_only=True)
     there = store.history_steps()
     if step is not None and step not in there:
@@ -71,7 +72,7 @@ def export(
     save_torch_state_dict(renamed, folder, max_shard_size=SHARD_SIZE)
     _write(folder / "config.json", _config(model, dtype))
     _write(folder / "generation_config.json", {"bos_token_id": Tokenizer.bos_id, "eos_token_id": Tokenizer.eos_id})
-    (folder / "tokenizer.json").write_text(PreparedData.load(data).tokenizer().to_json(), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     _write(folder / "tokenizer_config.json", _TOKENIZER)
     umask = os.umask(0)
     os.umask(umask)
@@ -142,4 +143,6 @@ def main() -> None:
     except (CheckpointError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        sys.exit(str(error))
     print(json.dumps(asdict(found)))

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Failure(Exception):
     """Something failed that no override would mend (a run crashed, a server is gone). Exit code 1."""
+
+
+class StoppedUnsaved(Failure):
+    """A run was asked to stop, and did, but its last steps could not be saved."""

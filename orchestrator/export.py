@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -19,13 +20,13 @@ BUCKETS = 100  # of the run's curve, which the card does not show
 
 def export(run: Path, folder: Path, step: int | None, dtype: str, as_json: bool) -> int:
     """Writes `folder` whole or not at all. Raises UserError, and Failure where the checkpoints cannot be read."""
-    run_dir = RunDir.existing(run)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    run_dir, folder = RunDir.existing(run), folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder == Path.cwd()):
         raise UserError(f"--to {folder} is there already, and not an empty folder: name another")
     spec = specs.load(run_dir.spec)
     if not run_dir.data.exists():
         raise UserError(f"{run} was never prepared to train: there is no model")
-    new = folder.resolve().with_name(f".{folder.name}.new")
+    new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
     new.mkdir(parents=True)
     try:
@@ -38,7 +39,7 @@ def export(run: Path, folder: Path, step: int | None, dtype: str, as_json: bool)
             step=step,
             dtype=dtype,
         )
-        card = model_card(RunFollower(run_dir.root, BUCKETS).view())
+        card = model_card(RunFollower(run_dir.root, BUCKETS).view(), found["step"])
         (new / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
             folder.rmdir()
@@ -62,7 +63,12 @@ def _in_a_process_with_torch(**asked: Any) -> dict[str, Any]:
     done = subprocess.run(words, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if done.returncode == 2:
         raise UserError(done.stderr.strip())
+    if done.returncode < 0:
+        signal_name = signal.Signals(-done.returncode).name
+        raise Failure(
+            f"the process that exports was ended by {signal_name} (KILL: perhaps memory, which holds the weights once)"
+        )
     if done.returncode:
-        raise Failure(f"the model could not be exported:\n{done.stderr[-2000:]}")
+        raise Failure(f"the model could not be exported: {done.stderr[-2000:].strip()}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -16,18 +17,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import fsspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dashboards.curve import loss_curve_svg
 from dashboards.wandb_run import has_key
+from model.checkpoint.storage import Storage
 from model.data.prepare import PreparedData, prepare
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
 from orchestrator.console import plain_console
 from orchestrator.energy.carbon import Start, start_of
-from orchestrator.errors import Failure, UserError
+from orchestrator.errors import Failure, StoppedUnsaved, UserError
 from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, StepRecord, kept_steps, read_all_steps, read_events, utc_now
 from orchestrator.run_dir import SWEEP, RunDir
@@ -129,18 +130,19 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     if (last := _newest(_of_job(read_events(run_dir.events), job.id), "failed")) is not None:
         raise Failure(f"the run failed: {last.detail}")
     if not is_finished(run_dir):
-        kept = kept_steps(read_all_steps(run_dir.records))
-        step = kept[-1].step if kept else 0
         stopped = _newest(_of_job(read_events(run_dir.events), job.id), "stopped")
-        saved_step = stopped.data.get("saved_step") if stopped else None
         _write_page(console, run_dir)
-        if saved_step != step:
+        if stopped is None:
+            raise StoppedUnsaved(f"the ranks ended without a last word; their logs are in {_short(run_dir.logs)}")
+        if (saved_step := stopped.data.get("saved_step")) != stopped.step:
             newest = "none" if saved_step is None else f"of step {saved_step:,}"
-            raise Failure(
-                f"stopped at step {step:,} of {spec.steps:,}, and not saved: the newest checkpoint is {newest}. Mend "
+            raise StoppedUnsaved(
+                f"stopped at step {stopped.step:,} of {spec.steps:,}, and not saved: the newest checkpoint is {newest}. Mend "
                 f"what the save_failed events in {_short(run_dir.events)} tell; the same command goes on from there"
             )
-        console.print(f"\nStopped and saved at step {step:,} of {spec.steps:,}. To go on, run the same command again.")
+        console.print(
+            f"\nStopped and saved at step {stopped.step:,} of {spec.steps:,}. To go on, run the same command again."
+        )
         return 0
     _print_summary(console, spec, run_dir)
     return 0
@@ -148,11 +150,15 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
 
 def _tell_failed(run_dir: RunDir, job_id: str, failure: str) -> None:
     """What `status` and the page say of a run whose ranks could tell nothing themselves any more."""
-    events = read_events(run_dir.events)
-    if _newest(_of_job(events, job_id), "failed") is None:
-        step = events[-1].step if events else 0
-        with JsonlWriter(run_dir.events / "supervise.jsonl") as told:
-            told.write(Event(time_utc=utc_now(), kind="failed", step=step, detail=failure.strip().splitlines()[0]))
+    if _newest(_of_job(read_events(run_dir.events), job_id), "failed") is not None:
+        return
+    kept = kept_steps(read_all_steps(run_dir.records))
+    step, cause = kept[-1].step if kept else 0, failure.strip().splitlines()[0]
+    with (
+        contextlib.suppress(OSError),
+        JsonlWriter(run_dir.events / "supervise.jsonl") as told,
+    ):  # a full disk hides no failure
+        told.write(Event(time_utc=utc_now(), kind="failed", step=step, detail=cause, data={"cause": "crash"}))
 
 
 def _request(spec: RunSpec, run_dir: RunDir, start: Start | None, dry_run: bool = False) -> JobRequest:
@@ -188,14 +194,15 @@ def _dry_run(spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:
 
 
 def _ask_store(spec: RunSpec) -> None:
-    """Before a first start here, whether the store of its checkpoints answers: without credentials all steps would be lost."""
+    """Before a first start here, whether the store of its checkpoints takes a file: else all steps would be lost."""
     if spec.cluster.kind != "local" or "://" not in (url := spec.checkpoint.url or ""):
         return
     try:
-        filesystem, path = fsspec.url_to_fs(url)
-        filesystem.exists(path)
+        storage, probe = Storage(url, retries=0), f".asked-{uuid.uuid4().hex}"
+        storage.put(probe, b"")
+        storage.remove_file(probe)
     except Exception as error:  # whatever the store's client raises
-        raise Failure(f"checkpoint.url={url} does not answer: {error}") from None
+        raise Failure(f"checkpoint.url={url} takes no file: {error}") from None
 
 
 def on_cpus(spec: RunSpec) -> str:

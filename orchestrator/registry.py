@@ -132,7 +132,9 @@ def _state(
     if supervised and supervised.kind in ("failed", "cancelled"):
         if last is None or last.time_utc <= supervised.time_utc:
             last = supervised
-        elif last.kind == "stopped" and supervised.data.get("job_id") == job_id:  # what was ended has saved since
+        elif (
+            last.kind == "stopped" and job_id and supervised.data.get("job_id") == job_id
+        ):  # what was ended has saved since
             return supervised.kind, f"{supervised.detail}; {last.detail}"
     job = (live or {}).get(job_id or "") or (ended or {}).get(job_id or "")
     if job and job.live:

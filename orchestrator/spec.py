@@ -175,7 +175,8 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> RunSpec
                 _compose([*search, *good, override])
                 good.append(override)
             except (HydraException, OmegaConfBaseException) as error:
-                wrong.append(f"{override}: {_readable(error)}")
+                gone = ": cluster.spare_nodes says it now" if override.startswith("plan.spare_nodes=") else ""
+                wrong.append(f"{override}: {_readable(error)}{gone}")
         spec = _compose([*search, *good])
     if wrong := [*wrong, *spec.problems()]:
         raise UserError(_told(wrong))

@@ -27,7 +27,7 @@ from hydra.errors import HydraException
 from orchestrator import launch as launching
 from orchestrator import spec as specs
 from orchestrator.columns import read_columns
-from orchestrator.errors import Failure, UserError
+from orchestrator.errors import Failure, StoppedUnsaved, UserError
 from orchestrator.plan import forecast
 from orchestrator.record import Event, JsonlWriter, read_events, utc_now
 from orchestrator.run_dir import SWEEP as JOURNAL
@@ -447,6 +447,8 @@ def _run(head: str, point: Point, spec: RunSpec, pause_step: int | None = None) 
     try:
         with (run_dir.logs / "launch.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             launching.launch(spec, point.overrides)
+    except StoppedUnsaved as error:
+        raise _Stopped(f"stopped in {point.directory}: {error}") from None
     except (UserError, Failure) as error:
         failure = str(error)
     except Exception as error:

@@ -193,7 +193,8 @@ def _point(
 def corpus(spec: specs.RunSpec) -> str:
     """What its losses per token are of; its last word stands for the sources and the tokenizer, all of them."""
     data = specs.as_dict(spec)["data"]
-    texts = json.dumps([data["sources"], data["tokenizer"]], sort_keys=True)
+    rows = [data["held_out_share"], spec.eval_rows_per_source]  # that are evaluated
+    texts = json.dumps([data["sources"], data["tokenizer"], rows], sort_keys=True)
     digest = hashlib.sha256(texts.encode()).hexdigest()[:6]
     return f"vocabulary of {spec.model.vocab_size:,}, data {spec.data.name} {digest}"
 

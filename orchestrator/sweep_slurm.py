@@ -82,13 +82,14 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
     if fresh and (cpus := launching.on_cpus(fresh[0][1])):
         print(cpus)
     prepared: dict[str, Path] = {}
+    for _, spec in fresh:  # before any name is taken
+        if (key := str(spec.data)) not in prepared:
+            prepared[key] = launching._prepare(console, spec).root.resolve()
     for point, spec in fresh:
         run_dir = RunDir(spec.run_dir)
         launching.write_run_dir(spec, run_dir, point.overrides)
         launching.write_plan(run_dir, expected[spec.name])
-        if (key := str(spec.data)) not in prepared:
-            prepared[key] = launching._prepare(console, spec).root.resolve()
-        run_dir.data.write_text(f"{prepared[key]}\n")
+        run_dir.data.write_text(f"{prepared[str(spec.data)]}\n")
         run_dir.cancelled.unlink(missing_ok=True)
         if any(e.kind == "failed" for e in read_events(run_dir.events)[-1:]):  # crashes are counted anew
             with JsonlWriter(run_dir.events / "launcher.jsonl") as events:

@@ -59,13 +59,13 @@ class Job:
             process.send_signal(signal.SIGTERM)  # submitit's controller passes it on to every rank
 
     def failure(self) -> str | None:
-        """The first rank's error with its traceback where one failed, once the job has ended; None when all went well."""
+        """The cause in one line and what there is to it, once the job has ended; None when all went well."""
         try:
             error = self._job.exception()
-        except submitit.core.utils.UncompletedJobError as uncompleted:  # ended without a result: killed
-            return str(uncompleted)
+        except submitit.core.utils.UncompletedJobError as uncompleted:  # ended without a result
+            return f"the process that leads the ranks was killed\n{uncompleted}"
         if error is not None:
-            return str(error)
+            return f"{str(error).strip().splitlines()[-1]}\n{error}"  # the last line of a traceback
         said: str | None = self._job.result()
         return said
 

@@ -51,11 +51,15 @@ class Tokenizer:
         """From a tokenizer.json at any fsspec URL."""
         try:
             with fsspec.open(url, "r", encoding="utf-8") as file:
-                return cls(HuggingFaceTokenizer.from_str(file.read()))
+                text = file.read()
         except FileNotFoundError:
             raise ValueError(
                 f"data.tokenizer.path={url} does not exist: name a tokenizer.json, or null to train one"
             ) from None
+        try:
+            return cls(HuggingFaceTokenizer.from_str(text))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"data.tokenizer.path={url} is no tokenizer.json: {error}") from None
 
     def save(self, url: str) -> None:
         with fsspec.open(url, "w", encoding="utf-8") as file:

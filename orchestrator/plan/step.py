@@ -49,7 +49,8 @@ class Step:
     contention_s: float
     optimizer_s: float
     straggling_s: float
-    exposed_between_nodes_s: float  # of the exposed ones, over the network; the rest over a node's own links
+    exposed_again_s: float  # communication that recomputation repeats, a part of recompute_s
+    exposed_between_nodes_s: float  # of `exposed_s`, over the network; the rest over a node's own links
     step_s: float
     tokens_per_s: float  # all ranks
     tokens_per_s_per_gpu: float
@@ -61,12 +62,13 @@ class Step:
     @property
     def parts_s(self) -> dict[str, float]:
         """What adds up to `step_s`, by name."""
-        whole = ("exposed_between_nodes_s", "step_s", "tokens_per_s")
+        whole = ("exposed_again_s", "exposed_between_nodes_s", "step_s", "tokens_per_s")
         return {name: value for name, value in asdict(self).items() if name.endswith("_s") and name not in whole}
 
     @property
     def exposed_s(self) -> float:
-        return sum(value for name, value in self.parts_s.items() if name.startswith("exposed_"))
+        """Communication that nothing hides."""
+        return self.exposed_again_s + sum(value for name, value in self.parts_s.items() if name.startswith("exposed_"))
 
 
 def forecast_step(
@@ -125,14 +127,16 @@ def forecast_step(
     forward_layer = (
         matmul_forward + attention_forward + elementwise_forward + tp_forward + tp_contention_forward + cp_forward
     )
-    again = 0.0
+    again = tp_again = cp_again = 0.0
     alternate = layout.recompute == "selective" and plan.recompute_alternate
     if layout.recompute == "full":
         again = forward_layer - spared
+        tp_again, cp_again = tp_forward * (0.75 if stops_early else 1), cp_forward
     elif layout.recompute == "selective" and plan.attention == "unfused":
         again = elementwise_forward + attention_forward  # arXiv 2205.05198's
     elif layout.recompute == "selective":  # both sublayers' inputs are gathered again, for no product to hide it
-        again = elementwise_forward + tp_pass / 2
+        tp_again = tp_pass / 2
+        again = elementwise_forward + tp_again
     if alternate:  # of q, k, v, attention's output, w1, w3, w2
         again += product_s(tokens, d, kv // tp) + product_s(tokens, d // tp, d) + product_s(tokens, d, f // tp)
     backward_layer = matmul_backward + attention_backward + elementwise_backward + tp_backward + tp_contention_backward
@@ -196,7 +200,7 @@ def forecast_step(
     network_s = shards_s * (shard_local < shards) + reduce_s * (replica_local < replicas)
     between_nodes_s = exposed_dp_s * network_s / comm_s if comm_s else 0.0
     between_nodes_s += 0.0 if one_node else exposed_pp_s
-    between_nodes_s += 0.0 if cp_local == layout.cp else microbatches * layers * (cp_forward + cp_backward)
+    between_nodes_s += 0.0 if cp_local == layout.cp else microbatches * layers * (cp_forward + cp_backward + cp_again)
 
     # AdamW reads parameter, gradient and two moments, writes three; clipping reads the gradient once more.
     optimizer_s = 32 * rank_parameters / shards / memory_bytes_per_s + 2e-3
@@ -232,6 +236,7 @@ def forecast_step(
         contention_s=contention_s + per_rank * (tp_contention_forward + tp_contention_backward),
         optimizer_s=optimizer_s,
         straggling_s=straggling_s,
+        exposed_again_s=per_rank * (tp_again + cp_again),
         exposed_between_nodes_s=between_nodes_s,
         step_s=step_s,
         tokens_per_s=tokens_per_s,

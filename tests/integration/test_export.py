@@ -66,6 +66,11 @@ def test_another_step_in_bf16_beside_what_is_refused(workplace: Path) -> None:
     done = arriero(workplace, "export", "runs/run", "--to", "earlier", "--step", "20")
     assert done.returncode == 0, done.stderr
     assert "the model of step 20 " in done.stdout
+    card = (workplace / "earlier" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert f"the weights of step 20 of {STEPS}, after {20 * 8 * 128:,} tokens" in card
+    evaluated = {e.step: e.data["loss"] for e in read_events(run_dir(workplace, "run").events) if e.kind == "evaluated"}
+    assert f"value: {evaluated[20]:.6g}" in card
     assert AutoModelForCausalLM.from_pretrained(workplace / "earlier", dtype="auto").dtype == torch.bfloat16
     for words, said in (
         (["--to", "earlier"], "is there already, and not an empty folder"),

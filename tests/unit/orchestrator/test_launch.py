@@ -158,6 +158,18 @@ def test_a_store_of_checkpoints_without_credentials_is_told_before_anything_is_w
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "nowhere"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(Failure, match=r"checkpoint\.url=s3://bucket/x does not answer: Unable to locate credentials"):
+    with pytest.raises(Failure, match=r"checkpoint\.url=s3://bucket/x takes no file: Unable to locate credentials"):
         launch.launch(specs.compose(["model=nano", "checkpoint.url=s3://bucket/x"]), [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_takes_no_file_is_refused_before_a_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Failure, match="/proc/here takes no file"):
+        launch.launch(specs.compose(["model=nano", "name=x", "checkpoint.url=file:///proc/here"]), [])
+    assert not (tmp_path / "runs" / "x").exists()
+    url = (tmp_path / "there").as_uri()
+    launch._ask_store(specs.compose(["model=nano", "name=x", f"checkpoint.url={url}"]))
+    assert list((tmp_path / "there").iterdir()) == []

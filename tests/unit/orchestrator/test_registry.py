@@ -132,3 +132,17 @@ def test_a_cancelled_job_that_saved_afterwards_is_cancelled_until_another_goes_o
     run.submission.write_text(json.dumps({"job_id": "13", "token": "u"}))
     (row,) = registry.rows([tmp_path])
     assert row.state == "stopped"
+
+
+def test_a_local_run_that_crashed_once_and_stopped_later_is_stopped(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.spec.parent.mkdir()
+    run.spec.write_text("steps: 9\n")
+    with JsonlWriter(run.events / "supervise.jsonl") as told:
+        told.write(Event(time_utc=utc(time.time() - 2), kind="failed", step=4, detail="rank 1 ended by signal 9"))
+    (row,) = registry.rows([tmp_path])
+    assert (row.state, row.why) == ("failed", "rank 1 ended by signal 9")
+    with JsonlWriter(run.attempt_file(run.events, 2)) as events:
+        events.write(Event(time_utc=utc_now(), kind="stopped", step=5, detail="saved at step 5 of 9"))
+    (row,) = registry.rows([tmp_path])
+    assert (row.state, row.why) == ("stopped", "saved at step 5 of 9")

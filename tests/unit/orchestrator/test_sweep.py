@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator import launch, sweep, sweep_slurm
 from orchestrator.energy.carbon import Start
-from orchestrator.errors import Failure, UserError
+from orchestrator.errors import Failure, StoppedUnsaved, UserError
 from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec, to_yaml
@@ -261,6 +261,46 @@ def test_more_points_than_an_array_takes_are_split_and_share_the_limit(
     assert sweep.launch_sweep([*words, "seed=range(10)", "cluster.cpus_per_gpu=1,2"], limit_parallel=12) == 0
     assert "computes on        CPUs" in capsys.readouterr().out
     assert arrays == [(4, 1, 2), (4, 1, 2), (2, 1, 2), (4, 2, 2), (4, 2, 2), (2, 2, 2)]
+
+
+def test_points_on_slurm_whose_data_are_refused_leave_their_names_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(queue, "queued", dict)
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    source = f"{{path: {tmp_path / 'nowhere'}, proportion: 1.0, format: text}}"
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text(f"name: mine\nsources:\n  only: {source}\n")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        sweep.launch_sweep(
+            [
+                "model=nano",
+                "data=mine",
+                "cluster=slurm",
+                "layout=fsdp",
+                "optim.batch_sequences=16",
+                "name=s",
+                "seed=1,2",
+            ],
+            tmp_path / "conf",
+        )
+    assert not list((tmp_path / "runs" / "s").glob("*/spec.yaml"))
+
+
+def test_a_stop_that_could_not_save_ends_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+
+    def stopped(spec: RunSpec, overrides: list[str]) -> int:
+        asked.append(spec.name)
+        raise StoppedUnsaved("stopped at step 3 of 9, and not saved")
+
+    monkeypatch.setattr(launch, "launch", stopped)
+    assert sweep.launch_sweep(["model=nano", "name=s", "seed=1,2", "steps=9", "optim.warmup_steps=1"]) == 1
+    assert len(asked) == 1
+    assert "and not saved" in capsys.readouterr().out
 
 
 def test_points_on_slurm_are_forecast_begin_when_it_is_greenest_and_keep_off_lemons(

@@ -205,6 +205,14 @@ def test_unigram_level_is_the_entropy_of_the_training_tokens(tmp_path: Path) -> 
     assert prepared.sources["only"].unigram_nats == pytest.approx(expected)
 
 
+def test_a_file_that_is_no_tokenizer_is_told(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
+    about = config(tmp_path, SourceConfig(path=str(write_jsonl(tmp_path / "a.jsonl")), proportion=1))
+    about.tokenizer = TokenizerConfig(path=str(tmp_path / "tokenizer.json"), vocab_size=400)
+    with pytest.raises(ValueError, match=r"data.tokenizer.path=.* is no tokenizer.json: "):
+        prepare(about)
+
+
 def test_a_tokenizer_with_more_ids_is_refused_with_a_way_out_that_works(tmp_path: Path) -> None:
     about = config(tmp_path, SourceConfig(path=str(write_jsonl(tmp_path / "a.jsonl")), proportion=1))
     ids = prepare(about).tokenizer().vocab_size

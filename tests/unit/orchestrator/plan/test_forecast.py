@@ -536,7 +536,7 @@ def test_exposed_communication_is_told_by_link() -> None:
     assert one_node.exposed_between_nodes_s == 0
     inside = step("layout.dp_replicate=256 layout.dp_shard=1 layout.tp=8")  # tensor parallel inside, replicas between
     assert inside.exposed_between_nodes_s == pytest.approx(inside.exposed_dp_s)
-    assert inside.exposed_s == pytest.approx(inside.exposed_dp_s + inside.exposed_tp_s)
+    assert inside.exposed_s == pytest.approx(inside.exposed_dp_s + inside.exposed_tp_s + inside.exposed_again_s)
     both = step("layout.dp_replicate=32 layout.dp_shard=8 layout.pp=8")  # shards inside, replicas and stages between
     assert both.exposed_pp_s < both.exposed_between_nodes_s < both.exposed_pp_s + both.exposed_dp_s
     ring = step("layout.dp_replicate=1 layout.dp_shard=128 layout.cp=16 gpu.inter_node_gb_per_s=1")
@@ -583,3 +583,15 @@ def test_the_nearest_layouts_tell_their_speed_and_the_fastest_is_among_them() ->
         found = forecast.plan(specs.compose([*words, *overrides.split()]), NOW_S)
         assert speed == f"{found.step.tokens_per_s_per_gpu:,.0f} tokens/s a GPU)"
     assert ways[-1].endswith(f"({fastest:,.0f} tokens/s a GPU)")
+
+
+def test_what_recomputation_sends_again_is_exposed_too() -> None:
+    def step(recompute: str) -> Step:
+        words = ["experiment=llama_65b", "gpu.memory_gb=999", f"layout.recompute={recompute}"]
+        return forecast.plan(specs.compose(words), NOW_S).step
+
+    none, full = step("none"), step("full")
+    assert none.exposed_again_s == 0
+    assert full.exposed_again_s == pytest.approx(3 / 8 * full.exposed_tp_s)  # all but a layer's last of four, forward
+    assert full.exposed_s == pytest.approx(11 / 8 * full.exposed_tp_s + full.exposed_dp_s)
+    assert sum(full.parts_s.values()) == pytest.approx(full.step_s)
