@@ -92,7 +92,13 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
         f"data.cache={tmp_path}",
         f"run_root={tmp_path}",
     ]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:
         assert process.stdout
         assert process.stderr
         assert any("training the tokenizer" in line for line in process.stdout)
