@@ -110,7 +110,7 @@ def _config(model: ModelConfig, dtype: str) -> dict[str, object]:
         "tie_word_embeddings": False,
         "bos_token_id": Tokenizer.bos_id,
         "eos_token_id": Tokenizer.eos_id,
-        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+        "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
     }
 
 

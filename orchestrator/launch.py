@@ -152,12 +152,10 @@ def _tell_failed(run_dir: RunDir, job_id: str, failure: str) -> None:
     """What `status` and the page say of a run whose ranks could tell nothing themselves any more."""
     if _newest(_of_job(read_events(run_dir.events), job_id), "failed") is not None:
         return
-    kept = kept_steps(read_all_steps(run_dir.records))
-    step, cause = kept[-1].step if kept else 0, failure.strip().splitlines()[0]
-    with (
-        contextlib.suppress(OSError),
-        JsonlWriter(run_dir.events / "supervise.jsonl") as told,
-    ):  # a full disk hides no failure
+    record, cause = last_record(run_dir), failure.strip().splitlines()[0]
+    step = record.step if record else 0
+    # A full disk hides no failure.
+    with contextlib.suppress(OSError), JsonlWriter(run_dir.events / "supervise.jsonl") as told:
         told.write(Event(time_utc=utc_now(), kind="failed", step=step, detail=cause, data={"cause": "crash"}))
 
 
@@ -384,17 +382,8 @@ def _prepare(console: Console, spec: RunSpec) -> PreparedData:
 
 
 def _print_mix(console: Console, spec: RunSpec, prepared: PreparedData) -> None:
-    from model.data.loader import Loader
-
     try:
-        loader = Loader(
-            prepared,
-            spec.data,
-            sequence_length=spec.model.sequence_length,
-            batch_sequences=spec.optim.batch_sequences,
-            seed=spec.seed,
-            skips=[],
-        )
+        loader = spec.loader(prepared)
     except ValueError as error:
         raise UserError(str(error)) from None
     console.print(f"{spec.steps:,} steps of {spec.batch_tokens:,} tokens, from")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import yaml
@@ -36,6 +36,10 @@ from orchestrator.errors import UserError
 from orchestrator.plan.config import PlanConfig
 from orchestrator.spikes.config import SpikesConfig
 from slurm.request import ClusterConfig
+
+if TYPE_CHECKING:
+    from model.data.loader import Loader
+    from model.data.prepare import PreparedData
 
 
 @dataclass(kw_only=True)
@@ -70,6 +74,19 @@ class RunSpec:
     @property
     def batch_tokens(self) -> int:
         return self.optim.batch_sequences * self.model.sequence_length
+
+    def loader(self, prepared: "PreparedData") -> "Loader":
+        """The rows that this run trains on and is evaluated on. Raises ValueError where the data have less than a row."""
+        from model.data.loader import Loader  # `plan` and `status` need none of it
+
+        return Loader(
+            prepared,
+            self.data,
+            sequence_length=self.model.sequence_length,
+            batch_sequences=self.optim.batch_sequences,
+            seed=self.seed,
+            skips=[],
+        )
 
     def problems(self) -> list[str]:
         """Every combination that cannot be, all at once; where a number is none, those alone."""

@@ -166,14 +166,7 @@ def _train(
     stop: StopFlag,
 ) -> str:
     prepared = PreparedData.load(directory.data.read_text().strip())
-    loader = Loader(
-        prepared,
-        spec.data,
-        sequence_length=spec.model.sequence_length,
-        batch_sequences=spec.optim.batch_sequences,
-        seed=spec.seed,
-        skips=[],
-    )
+    loader = spec.loader(prepared)
     store = CheckpointStore(spec.checkpoint.url or str(directory.checkpoints), spec.checkpoint, on_event=recorder.event)
     recorder.is_overtaken = store.is_overtaken
     rank_flops = flops_per_token(spec.model) * spec.batch_tokens * spec.steps / spec.layout.gpus

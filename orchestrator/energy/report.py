@@ -2,6 +2,7 @@
 fills the statement that `dashboards.carbon` shows.
 """
 
+import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from orchestrator.energy.carbon import (
 )
 from orchestrator.energy.config import CarbonConfig
 from orchestrator.energy.ledger import SOURCES, Interval, Tick, consumption, decode, kind_of, read_ledger
+from orchestrator.errors import UserError
 from orchestrator.record import read_events
 from orchestrator.run_dir import RunDir
 from slurm.energy import consumed_energy_j
@@ -121,8 +123,9 @@ def _read_life(run: AccountedRun) -> _Life:
             sizes[event.attempt] = (event.data.get("nodes", run.nodes), event.data.get("gpus", run.gpus))
     carbon = run.carbon
     series = None
-    if carbon.series and carbon.intensity_g_per_kwh is None and not place_problems(carbon):
-        series = read_series(carbon.series)
+    if carbon.series and carbon.intensity_g_per_kwh is None:
+        with contextlib.suppress(UserError):  # `_grid` tells why
+            series = read_series(carbon.series)
     return _Life(windows, sizes, class_seconds(timeline(records, events)), series)
 
 

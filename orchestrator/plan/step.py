@@ -167,6 +167,7 @@ def forecast_step(
 
     # ---- data parallel: over dp and cp ranks, in shards and replicas
     layers = model.n_layers / layout.pp
+    per_rank = microbatches * layers  # passes of a layer
     rank_parameters = layers * layer_parameters(model) / tp + model.vocab_size * d / tp * (2 if layout.pp == 1 else 1)
     shards = layout.dp_shard * layout.cp
     replicas = layout.dp * layout.cp // shards
@@ -200,12 +201,11 @@ def forecast_step(
     network_s = shards_s * (shard_local < shards) + reduce_s * (replica_local < replicas)
     between_nodes_s = exposed_dp_s * network_s / comm_s if comm_s else 0.0
     between_nodes_s += 0.0 if one_node else exposed_pp_s
-    between_nodes_s += 0.0 if cp_local == layout.cp else microbatches * layers * (cp_forward + cp_backward + cp_again)
+    between_nodes_s += 0.0 if cp_local == layout.cp else per_rank * (cp_forward + cp_backward + cp_again)
 
     # AdamW reads parameter, gradient and two moments, writes three; clipping reads the gradient once more.
     optimizer_s = 32 * rank_parameters / shards / memory_bytes_per_s + 2e-3
 
-    per_rank = microbatches * model.n_layers / layout.pp
     busy_s = microbatches * mean + imbalance_s + bubble_s + exposed_pp_s + exposed_dp_s + contention_s + optimizer_s
     straggling_s = STRAGGLING * busy_s * (1 if layout.gpus > 1 else 0)
     step_s = busy_s + straggling_s

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model.data.loader import Loader
 from model.data.prepare import PreparedData
 from orchestrator import spec as specs
 from orchestrator.record import read_events
@@ -36,14 +35,7 @@ def test_transformers_finds_the_held_out_loss_that_the_run_recorded(workplace: P
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) == told["parameters"]
     spec, prepared = specs.load(run.spec), PreparedData.load(run.data.read_text().strip())
-    loader = Loader(
-        prepared,
-        spec.data,
-        sequence_length=spec.model.sequence_length,
-        batch_sequences=spec.optim.batch_sequences,
-        seed=spec.seed,
-        skips=[],
-    )
+    loader = spec.loader(prepared)
     recorded = [e for e in read_events(run.events) if e.kind == "evaluated"][-1].data["loss_by_source"]
     assert len(recorded) == 2
     for source, loss in recorded.items():
