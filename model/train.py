@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from model.own_time import OwnTime
 from model.parallel import Ranks, build_model, forward_backward
 from model.pipeline import Pipeline
 from model.transformer import Transformer
+
+T = TypeVar("T")
 
 Share = tuple[float, ...]
 """What one rank has computed of a step, in the order in which it is computed: the sums of absolute values of what each stage of
@@ -101,7 +103,7 @@ class Trainer:
         loader: Loader,
         store: CheckpointStore,
         recorder: Recorder,
-        stop_requested: Callable[[], bool],
+        stop_requested: Callable[[], str | None],
         watch: SpikeWatch,
         node: str,
         pulse: Pulse,
@@ -117,6 +119,8 @@ class Trainer:
         self.schedule = SaveSchedule(config.checkpoint, config.vet_steps, config.mttf_s)
         self._steps_s: deque[float] = deque(maxlen=50)
         self.step = 0  # optimizer steps done
+        self.asked: str | None = None  # why this rank was asked to stop
+        self.stop_reasons: list[str | None] = []  # every rank's `asked`, once they have agreed to stop
         self.share: Share = ()  # of the step computed last
         pipeline = self.model if isinstance(self.model, Pipeline) else None
         self._share_sums = torch.zeros(2 * (pipeline.n_stages if pipeline else 1), device=ranks.device)
@@ -162,6 +166,8 @@ class Trainer:
                 continue
             if self.step % self.config.eval_every_steps == 0 or self.step == self.config.steps:
                 self.evaluate()
+            if stopping:  # before the save: whoever asks may not leave time after it
+                self.stop_reasons = self._of_every_rank(self.asked)
             due = self.step >= min(self.schedule.next_step, self.config.steps)
             if due or stopping or out_of_turn:
                 self.save(wait=stopping or self.step == self.config.steps)
@@ -191,7 +197,8 @@ class Trainer:
         self.pulse("collective", self.step + 1)
         stages = self.model.group if isinstance(self.model, Pipeline) else None
         grad_norm = global_grad_norm(self.model.parameters(), stages)
-        said = torch.tensor([self.stop_requested(), self.store.save_due], dtype=loss_sum.dtype, device=loss_sum.device)
+        self.asked = self.stop_requested()
+        said = torch.tensor([self.asked is not None, self.store.save_due], dtype=loss_sum.dtype, device=loss_sum.device)
         agreed = torch.cat([loss_sum[None] / self.ranks.tp, said])
         if self.ranks.mesh is not None:
             dist.all_reduce(agreed)
@@ -226,12 +233,15 @@ class Trainer:
         """
         first = self.share
         loss, grad_norm, _, _ = self.forward_backward(rows_BT)
-        by_rank: list[tuple[Share, Share, str]] = [(first, self.share, self.node)]
-        if self.ranks.mesh is not None:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, by_rank[0])
-            by_rank = gathered
+        by_rank = self._of_every_rank((first, self.share, self.node))
         return self.watch.recomputed(self.step + 1, loss, grad_norm.item(), by_rank), loss, grad_norm
+
+    def _of_every_rank(self, own: T) -> list[T]:
+        if self.ranks.mesh is None:
+            return [own]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, own)
+        return gathered
 
     def update(self, grad_norm: Tensor, max_norm: float, apply: bool) -> None:
         """One optimizer step. What is not finite never gets here with `apply`."""

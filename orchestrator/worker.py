@@ -38,7 +38,7 @@ from orchestrator.spikes.watch import SpikeWatch
 from orchestrator.webhook import post
 from slurm.pulse import pulse
 from slurm.rendezvous import Place, place
-from slurm.signals import StopFlag
+from slurm.signals import PAUSE, StopFlag, first_told
 
 _GO_ON = "to go on, change what spikes.* allows (or choose spikes=watch) and launch it again"
 
@@ -223,10 +223,10 @@ def _train(
         stop.ask("cancelled")
     pause_step = directory.pause_step()
 
-    def stop_requested() -> bool:
+    def stop_requested() -> str | None:
         reached = pause_step is not None and trainer.step + 1 >= pause_step
         # looked at again there: a sweep without halving has taken it away
-        return (reached and directory.pause_step() is not None) or stop.requested is not None
+        return stop.requested or (PAUSE if reached and directory.pause_step() is not None else None)
 
     trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node, pulse)
     budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)
@@ -239,14 +239,14 @@ def _train(
     saved = store.saved_step == trainer.step
     newest = "none" if store.saved_step is None else f"of step {store.saved_step}"
     if ended == "stopped":
-        why = f" ({stop.requested})" if stop.requested else ""
-        said = f"asked to stop{why}: " + (
+        # another rank may have heard first, and this one a signal that goes before that rank's
+        why = first_told([*trainer.stop_reasons, stop.requested])
+        said = f"asked to stop ({why}): " + (
             f"saved at step {trainer.step} of {spec.steps}"
             if saved
             else f"NOT saved at step {trainer.step} of {spec.steps}, the newest checkpoint is {newest} (see save_failed)"
         )
-        paused = stop.requested is None and pause_step is not None and trainer.step >= pause_step
-        recorder.event("stopped", trainer.step, said, paused=paused, saved_step=store.saved_step)
+        recorder.event("stopped", trainer.step, said, paused=why == PAUSE, saved_step=store.saved_step)
         return "stopped"
     if not saved:
         raise CheckpointError(

@@ -1,13 +1,14 @@
 """Signals set a flag; ranks agree at the step boundary. Nobody saves alone."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 
 # USR2: Slurm's warning before the time limit (--signal) and submitit's; TERM: preemption, scancel, shutdown; INT: Ctrl-C.
 # Of several, the first in this order is told: TERM follows at once on the warning before a preemption, and may overtake it.
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-_RANK = {number.name: rank for rank, number in enumerate(STOP_SIGNALS)}
+PAUSE = "pause"  # the step at which a sweep looks at its runs: what a signal says goes before it
+_RANK = {why: rank for rank, why in enumerate([*(number.name for number in STOP_SIGNALS), PAUSE])}
 
 _early: list[str] = []
 
@@ -18,6 +19,11 @@ def note_early(came: Sequence[str] = ()) -> None:
     _early[:] = came
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: _early.append(signal.Signals(number).name))
+
+
+def first_told(reasons: Iterable[str | None]) -> str | None:
+    """Of all reasons to stop, one rank's or those of many, the one to tell; None where there is none."""
+    return min((why for why in reasons if why), key=lambda why: _RANK.get(why, -1), default=None)
 
 
 class StopFlag:
@@ -43,4 +49,4 @@ class StopFlag:
     @property
     def requested(self) -> str | None:
         """Why to stop; None while nobody asks."""
-        return min(self._came, key=lambda why: _RANK.get(why, -1), default=None)
+        return first_told(self._came)

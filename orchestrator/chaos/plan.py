@@ -90,7 +90,7 @@ PLAN: tuple[Planned, ...] = (
         name="signal_to_one_rank",
         scene="signals",
         injected="SIGUSR2 (Slurm's warning) to rank 1 alone",
-        seen=r"^stopped: asked to stop",
+        seen=r"^stopped: asked to stop \(SIGUSR2\)",
         faults=(_strike("usr2", 1, rank=1),),
         repeats=0,
     ),

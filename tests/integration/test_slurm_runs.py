@@ -133,6 +133,7 @@ def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
     )
     runs.wait(name, lambda: runs.step(name) >= 45)
     assert runs.causes(name) == ["preempted"]
+    assert "(SIGUSR2)" in runs.events(name, "stopped")[0].detail  # rank 1's reason, which rank 0 tells
     (restarted,) = runs.events(name, "restarted")  # a killed rank is no requeue
     assert (restarted.data["cause"], restarted.data["rank"], restarted.data["signal"]) == ("crash", 1, "SIGKILL")
     assert restarted.data["node"] in expand_hostlist(runs.events(name, "started")[1].data["node_list"])
