@@ -99,6 +99,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     _refuse_changed(run_dir, spec)
     if not run_dir.spec.exists():
         _ask_store(spec)
+    _ask_gpus(spec)
     if cpus := on_cpus(spec):
         console.print(cpus)
     if spec.dashboard.wandb == "online" and not has_key():
@@ -201,6 +202,27 @@ def _ask_store(spec: RunSpec) -> None:
         storage.remove_file(probe)
     except Exception as error:  # whatever the store's client raises
         raise Failure(f"checkpoint.url={url} takes no file: {error}") from None
+
+
+def _ask_gpus(spec: RunSpec) -> None:
+    """Before ranks start on this machine's GPUs, whether torch finds one for each."""
+    if spec.cluster.kind != "local" or spec.gpu.device != "cuda":
+        return
+    words = [
+        sys.executable,
+        "-P",
+        "-c",
+        "import torch; print(torch.cuda.device_count())",
+    ]  # torch stays out of this process
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failure(f"torch could not be asked for GPUs: {done.stderr[-2000:].strip()}")
+    found, ranks = int(done.stdout), spec.cluster.gpus_per_node
+    if found < ranks:
+        raise UserError(
+            f"gpu={spec.gpu.name} needs a GPU for each of cluster.gpus_per_node={ranks} rank(s), and torch finds {found} on this "
+            "machine: choose gpu=cpu, fewer ranks, or cluster=slurm where the GPUs are"
+        )
 
 
 def on_cpus(spec: RunSpec) -> str:

@@ -125,6 +125,18 @@ def test_a_job_that_asks_for_gpus_and_computes_on_cpus_says_so(capsys: pytest.Ca
     assert launch.on_cpus(specs.compose([*slurm, "cluster.gres=null", "+cluster.sbatch.gpus-per-node=8"]))
 
 
+def test_gpus_that_are_not_there_are_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # torch finds none, also on a machine that has some
+    with pytest.raises(
+        UserError, match=r"gpu=h100 needs a GPU .* cluster\.gpus_per_node=1 rank.*torch finds 0.*gpu=cpu"
+    ):
+        launch.launch(specs.compose(["experiment=first_run", "gpu=h100"]), [])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
