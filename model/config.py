@@ -3,7 +3,7 @@
 Config dataclasses are not frozen: OmegaConf writes them. `problems()` lists what cannot be, each with the way out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True)
@@ -42,9 +42,9 @@ class ModelConfig:
     def problems(self) -> list[str]:
         """What cannot be, one message each, naming the field, both numbers and the way out."""
         found = []
-        for field in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "sequence_length"):
-            if getattr(self, field) < 1:
-                found.append(f"model.{field}={getattr(self, field)} must be at least 1")
+        for name in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                found.append(f"model.{name}={getattr(self, name)} must be at least 1")
         if found:
             return found
         if self.dim % self.n_heads:
@@ -97,13 +97,39 @@ class OptimConfig:
             found.append(f"optim.min_lr_ratio={self.min_lr_ratio} must be from 0 to 1 (the paper: 0.1)")
         if self.warmup_steps < 0:
             found.append(f"optim.warmup_steps={self.warmup_steps} must be 0 or more")
-        for field in ("beta1", "beta2"):
-            if not 0 <= getattr(self, field) < 1:
-                found.append(f"optim.{field}={getattr(self, field)} must be at least 0 and below 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1")
         if self.weight_decay < 0:
             found.append(f"optim.weight_decay={self.weight_decay} must be 0 or more")
         if self.grad_clip <= 0:
             found.append(f"optim.grad_clip={self.grad_clip} must be above 0 (the paper: 1.0)")
         if self.batch_sequences < 1:
             found.append(f"optim.batch_sequences={self.batch_sequences} must be at least 1")
+        return found
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Which steps torch.profiler traces (model/profile.py)."""
+
+    name: str
+    first_step: int | None = None  # null: none
+    steps: int = 3
+    ranks: list[int] = field(default_factory=lambda: [0])  # each writes a file
+
+    def problems(self, steps: int, ranks: int) -> list[str]:
+        """In a run of `steps` steps on `ranks` ranks."""
+        found = []
+        if self.first_step is not None and not 1 <= self.first_step <= steps:
+            found.append(
+                f"profile.first_step={self.first_step} is no step of steps={steps}: choose 1 to {steps}, or null"
+            )
+        if self.steps < 1:
+            found.append(f"profile.steps={self.steps} must be at least 1")
+        for rank in self.ranks:
+            if not 0 <= rank < ranks:
+                found.append(
+                    f"profile.ranks has {rank}, and this run has {ranks} rank(s): choose from 0 to {ranks - 1}"
+                )
         return found

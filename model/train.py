@@ -26,6 +26,7 @@ from model.optim import clipped_step, global_grad_norm, learning_rate, make_opti
 from model.own_time import OwnTime
 from model.parallel import Ranks, build_model, forward_backward
 from model.pipeline import Pipeline
+from model.profile import StepProfiler
 from model.transformer import Transformer
 
 T = TypeVar("T")
@@ -107,10 +108,11 @@ class Trainer:
         watch: SpikeWatch,
         node: str,
         pulse: Pulse,
+        profiler: StepProfiler,
     ) -> None:
         self.config, self.ranks, self.loader, self.store = config, ranks, loader, store
         self.recorder, self.stop_requested, self.watch = recorder, stop_requested, watch
-        self.node, self.pulse = node, pulse
+        self.node, self.pulse, self.profiler = node, pulse, profiler
         self.model: Transformer | Pipeline = build_model(
             config.model, config.layout, ranks, config.compute_dtype, config.seed, config.compiled
         )
@@ -137,6 +139,7 @@ class Trainer:
         self.resume()
         stopping = False
         while self.step < self.config.steps and not stopping:
+            self.profiler.step_begins(self.step + 1)
             started = time.perf_counter()
             self.pulse("data", self.step + 1)
             rows_BT = self.next_batch()

@@ -45,7 +45,7 @@ _STRIPE = 0.25  # seconds between two looks at a run that is followed
 
 _SHOWN = set(
     "evaluated resumed withheld recomputed spike rewound recovered budget faults save_failed passed_over stopped"  # noqa: SIM905
-    " hung restarted straggler save_interval".split()
+    " hung restarted straggler save_interval profiled".split()
 )
 
 # What may change between two starts of one run: where and how it runs, not what it computes.
@@ -60,6 +60,7 @@ _MAY_CHANGE = (
     "eval_every_steps",
     "run_root",
     "plan",
+    "profile",
 )
 
 

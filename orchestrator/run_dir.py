@@ -82,6 +82,11 @@ class RunDir:
         return self.root / "samples"
 
     @property
+    def profiles(self) -> Path:
+        """Traces of steps, where profile.first_step asks for them."""
+        return self.root / "profiles"
+
+    @property
     def loss_curve(self) -> Path:
         """The loss as a picture, drawn when a launch sees the run finished."""
         return self.root / "loss.svg"

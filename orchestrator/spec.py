@@ -25,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dashboards.config import DashboardConfig
 from model.checkpoint.policy import CheckpointConfig
-from model.config import ModelConfig, OptimConfig
+from model.config import ModelConfig, OptimConfig, ProfileConfig
 from model.cost import GpuConfig
 from model.data.config import DataConfig
 from model.layout import Layout
@@ -65,6 +65,7 @@ class RunSpec:
     carbon: CarbonConfig
     dashboard: DashboardConfig
     plan: PlanConfig
+    profile: ProfileConfig
     experiment: Any = None  # the name of the experiment that was chosen is in overrides.txt
 
     @property
@@ -114,6 +115,7 @@ class RunSpec:
         )
         for section in sections:
             found += section.problems()
+        found += self.profile.problems(self.steps, self.cluster.gpus)
         if not self.carbon.problems():
             found += place_problems(self.carbon)
         if (ids := self.data.tokenizer.vocab_size) > self.model.vocab_size:

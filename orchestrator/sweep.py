@@ -37,7 +37,19 @@ from orchestrator.sweep_optuna import Search, optimise, search_of
 from orchestrator.sweep_slurm import submit_points, wait_for
 
 # Where and how a point runs, not what it computes: another cluster or a finer log makes no other point (unless it is swept).
-_NOT_CONTENT = {"cluster", "gpu", "layout", "checkpoint", "dashboard", "carbon", "spikes", "plan", "run_root", "name"}
+_NOT_CONTENT = {
+    "cluster",
+    "gpu",
+    "layout",
+    "checkpoint",
+    "dashboard",
+    "carbon",
+    "spikes",
+    "plan",
+    "profile",
+    "run_root",
+    "name",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

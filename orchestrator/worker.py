@@ -23,6 +23,7 @@ from model.data.prepare import PreparedData
 from model.device import choose, has_bf16, keep_memory, prepare
 from model.generate import generate
 from model.parallel import Ranks, place_ranks
+from model.profile import StepProfiler
 from model.train import TrainConfig, Trainer
 from orchestrator import spec as specs
 from orchestrator.carbon_report import budget
@@ -228,10 +229,12 @@ def _train(
         # looked at again there: a sweep without halving has taken it away
         return stop.requested or (PAUSE if reached and directory.pause_step() is not None else None)
 
-    trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node, pulse)
+    profiler = StepProfiler(spec.profile, directory.profiles, recorder.attempt, here.rank, ranks.device, recorder.event)
+    trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node, pulse, profiler)
     budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)
     with _BudgetWatch(directory, recorder, stop) if budgeted else nullcontext():
         ended = trainer.run()
+    profiler.end()
     pulse("end", trainer.step)
     if ended == "failed":
         recorder.event("failed", trainer.step, f"step {trainer.step}: {watch.said}; {_GO_ON}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 
 from model.checkpoint.policy import CheckpointConfig
-from model.config import ModelConfig, OptimConfig
+from model.config import ModelConfig, OptimConfig, ProfileConfig
 from model.layout import Layout
 from model.parallel import place_ranks
+from model.profile import StepProfiler
 from model.train import TrainConfig, Trainer
 from orchestrator.spikes.config import SpikesConfig
 from orchestrator.spikes.watch import SpikeWatch
@@ -71,10 +73,11 @@ def make_trainer(
         rows,
         store,
         SimpleNamespace(event=event, step=lambda **fields: losses.append(fields["loss"])),
-        lambda: False,
+        lambda: None,
         SpikeWatch(SpikesConfig(name="t", vet_steps=vet_steps), [], list, rows.data_batch, event),
         f"node{rank}",
         Pulse(),
+        StepProfiler(ProfileConfig(name="t"), Path(), 1, rank, torch.device("cpu"), event),
         **more,
     )
     trainer.evaluate = lambda: None  # type: ignore[method-assign]

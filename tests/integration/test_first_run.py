@@ -1,5 +1,7 @@
 """The whole path from the command to a trained model: real processes, real ranks, real signals."""
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.faults import Fault, write
 from orchestrator.record import read_all_steps, read_events
 from tests.integration.words_run import STEPS, arriero, environment, launch, losses, make_workplace, run_dir, words
 
@@ -132,9 +135,10 @@ def test_two_ranks_train_the_same_model_as_one(
 
 @pytest.mark.slow
 def test_a_rank_that_fails_is_told_with_its_error_and_exit_code_1(workplace: Path) -> None:
-    failed = launch(workplace, "no_cuda", "gpu=h100")
+    write(run_dir(workplace, "raises").faults, [Fault(kind="raise", step=3)])
+    failed = launch(workplace, "raises", "cluster.crash_budget=0")
     assert failed.returncode == 1
-    assert "gpu=h100 needs CUDA, and torch finds none on this node: choose gpu=cpu" in failed.stderr
+    assert "RuntimeError: [/a/file.cc:1] as PyTorch words it" in failed.stderr
     assert "logs" in failed.stderr
 
 
@@ -229,3 +233,24 @@ def test_a_sample_that_cannot_be_written_loses_no_model(workplace: Path) -> None
     done = launch(workplace, "sampleless")
     assert done.returncode == 0, done.stderr
     assert "its sample could not be written" in read_events(there.events)[-1].detail
+
+
+@pytest.mark.slow
+def test_the_ranks_that_were_asked_trace_their_steps(workplace: Path) -> None:
+    done = launch(
+        workplace, "profiled", "cluster.gpus_per_node=2", "layout=fsdp", "layout.dp_shard=2", "steps=8",
+        "profile.first_step=4", "profile.steps=2", "profile.ranks=[0,1]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    there = run_dir(workplace, "profiled")
+    assert sorted(p.name[13:] for p in there.profiles.iterdir()) == [
+        "rank-0000-step-000000004.json.gz",
+        "rank-0001-step-000000004.json.gz",
+    ]
+    for path in there.profiles.iterdir():
+        names = {e["name"] for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+        assert {"step 4", "step 5"} <= names
+        assert "step 6" not in names
+        assert any("reduce_scatter" in name for name in names)
+    (told,) = [e for e in read_events(there.events) if e.kind == "profiled"]
+    assert told.detail in done.stdout.replace("\n", "")

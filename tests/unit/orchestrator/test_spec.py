@@ -221,6 +221,18 @@ def test_a_run_of_before_a_section_existed_is_still_read(tmp_path: Path) -> None
     assert specs.load(tmp_path / "spec.yaml") == spec
 
 
+def test_steps_and_ranks_that_no_run_has_are_not_traced() -> None:
+    with pytest.raises(UserError) as refused:
+        compose(["model=nano", "steps=50", "profile.first_step=51", "profile.steps=0", "profile.ranks=[0,1]"])
+    for told in (
+        "profile.first_step=51 is no step of steps=50",
+        "profile.steps=0",
+        "profile.ranks has 1, and this run has 1",
+    ):
+        assert told in str(refused.value)
+    assert compose(["steps=50", "profile.first_step=50"]).profile.first_step == 50
+
+
 def test_a_place_that_no_table_holds_is_refused_for_each_point_of_a_sweep() -> None:
     found = specs.compose_many([["carbon.zone=FRA", "seed=2"], ["carbon.zone=XXX", "seed=3"]])
     assert isinstance(found[0], specs.RunSpec)
