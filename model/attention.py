@@ -1,6 +1,7 @@
 """Causal attention behind one function: fused kernels that store no weights and compute no masked score.
 
-B batch, T tokens, N heads, H head size.
+B batch, T tokens, N heads, H head size. Keys and values may have fewer heads, of which each serves N / fewer queries next to each
+other (arXiv 2305.13245).
 """
 
 import math
@@ -69,13 +70,15 @@ def _attend(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
             v_BTNH.transpose(1, 2),
             attn_mask=None if queries == keys else causal_lower_right(queries, keys),
             is_causal=queries == keys,
+            enable_gqa=q_BTNH.shape[2] != k_BTNH.shape[2],
         )
     return out_BNTH.transpose(1, 2)
 
 
 def reference_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
     """The same by the book, in fp32, weights and all: what the fused kernels are tested against."""
-    q, k, v = (x.transpose(1, 2).float() for x in (q_BTNH, k_BTNH, v_BTNH))
+    heads = q_BTNH.shape[2]
+    q, k, v = (x.transpose(1, 2).float().repeat_interleave(heads // x.shape[2], 1) for x in (q_BTNH, k_BTNH, v_BTNH))
     scores_BNTT = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     tokens = q.shape[-2]
     future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)

@@ -19,7 +19,9 @@ class ModelConfig:
     sequence_length: int  # tokens in a row
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    n_kv_heads: int | None = None  # grouped-query attention; null: as many as n_heads
+    n_kv_heads: int | None = (
+        None  # groups of queries that share a key and a value head (arXiv 2305.13245); null: n_heads
+    )
 
     @property
     def head_dim(self) -> int:
@@ -29,15 +31,6 @@ class ModelConfig:
     def kv_dim(self) -> int:
         """Width of the keys, and of the values."""
         return self.head_dim * (self.n_kv_heads or self.n_heads)
-
-    def not_built(self) -> list[str]:
-        """What the plan knows and the trainer can't run yet."""
-        if self.n_kv_heads in (None, self.n_heads):
-            return []
-        return [
-            f"model.n_kv_heads={self.n_kv_heads}: the trainer computes as many key heads as query heads so far: "
-            f"set model.n_kv_heads={self.n_heads}"
-        ]
 
     def problems(self) -> list[str]:
         """What cannot be, one message each, naming the field, both numbers and the way out."""

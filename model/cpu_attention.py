@@ -18,9 +18,13 @@ BLOCKS = 8  # and at most so many blocks: each is compiled by itself
 
 
 def block_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v over the tokens up to each one's own: [B, T, N, H]. Softmax in fp32, products in q's type."""
+    """softmax(q k^T / sqrt(H)) v over the tokens up to each one's own: [B, T, N, H]. Softmax in fp32, products in q's type.
+
+    Fewer heads of keys and values (model/attention.py) are repeated, and kept so for the backward pass.
+    """
     batch, tokens, heads, size = q_BTNH.shape
-    q, k, v = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in (q_BTNH, k_BTNH, v_BTNH))
+    all_heads = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q_BTNH, k_BTNH, v_BTNH))
+    q, k, v = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in all_heads)
     out: Tensor = _BlockAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
     return out.view(batch, heads, tokens, size).transpose(1, 2)
 

@@ -47,8 +47,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.wq = Linear(config.dim, config.dim)
-        self.wk = Linear(config.dim, config.dim)
-        self.wv = Linear(config.dim, config.dim)
+        self.wk = Linear(config.dim, config.kv_dim)
+        self.wv = Linear(config.dim, config.kv_dim)
         self.wo = Linear(config.dim, config.dim)
         self.context: ContextParallel | None = None  # where ranks share a row's tokens
         self.in_blocks = False  # compiled for a CPU (model/cpu_attention.py)

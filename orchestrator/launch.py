@@ -68,8 +68,6 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     """Makes or finds the run directory, prepares the data, submits; on this machine also follows the run to its end."""
     console = plain_console()
     asked, spec = spec.layout, forecast.resolved(spec)
-    if missing := spec.model.not_built():
-        raise UserError("\n".join(missing))
     run_dir, now_s = RunDir(spec.run_dir.resolve()), time.time()
     if (run_dir.root / SWEEP).exists() and not run_dir.spec.exists():
         raise UserError(f"{_short(run_dir.root)} is the directory of a sweep: give this run another name (name=...)")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.errors import Failure, UserError
+from orchestrator.errors import Failure
 from orchestrator.plan import forecast
 from orchestrator.plan.memory import memory, rank_memory
 from orchestrator.spec import RunSpec
@@ -21,8 +21,6 @@ PARTS = ("parameters_bytes", "gradients_bytes", "optimizer_bytes", "activations_
 def dry_run(spec: RunSpec, as_json: bool) -> int:
     """Prints one line a rank shape as it is found. Raises UserError, and Failure where the trainer's code fails."""
     spec = forecast.resolved(spec)
-    if missing := spec.model.not_built():
-        raise UserError("\n".join(missing))
     found = []
     if not as_json:
         print(f"{spec.model.name} on {spec.layout.gpus:,} ranks: {forecast.layout_sentence(spec.layout)}")

@@ -24,7 +24,7 @@ def draw(rng: random.Random) -> RunSpec | None:
     groups = rng.choice([1, 2, 3, 4, 5]) if schedule != "1f1b" else 1
     recompute = rng.choice(["none", "selective", "full"]) if schedule != "zero_bubble" else "none"
     words = [
-        f"model={rng.choice(['llama_7b', 'llama_13b', 'llama_65b'])}",
+        f"model={rng.choice(['llama_7b', 'llama_13b', 'llama_65b', 'llama2_70b', 'llama3_8b'])}",
         f"model.vocab_size={rng.choice([32_000, 32_000, 128_256])}",
         f"model.sequence_length={rng.choice([2048, 4096, 8192])}",
         f"model.n_layers={rng.randint(max(8, pp * groups), max(24, 3 * pp * groups))}",

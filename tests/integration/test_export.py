@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_workplace(tmp_path_factory.mktemp("workplace"))
-    done = launch(folder, "run", "precision=fp32", "checkpoint.keep_last=2")
+    done = launch(folder, "run", "precision=fp32", "checkpoint.keep_last=2", "model.n_kv_heads=2")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -34,6 +34,7 @@ def test_transformers_finds_the_held_out_loss_that_the_run_recorded(workplace: P
     folder, run = workplace / "out" / "model", run_dir(workplace, "run")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) == told["parameters"]
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (4, 2)
     spec, prepared = specs.load(run.spec), PreparedData.load(run.data.read_text().strip())
     loader = spec.loader(prepared)
     recorded = [e for e in read_events(run.events) if e.kind == "evaluated"][-1].data["loss_by_source"]

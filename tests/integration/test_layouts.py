@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 MODEL = ModelConfig(name="t", dim=32, n_layers=4, n_heads=4, ffn_dim=64, vocab_size=96, sequence_length=32)
 DEEP = replace(MODEL, n_layers=8)
+GROUPED = replace(MODEL, n_kv_heads=2)
 OPTIM = OptimConfig(name="t", lr=1e-2, warmup_steps=0, batch_sequences=8)
 ONE = Layout(name="one", microbatch_sequences=2)
 LAYOUTS = {
@@ -48,14 +49,20 @@ FOUR_GROUPS = {
 
 
 def train(
-    rank: int, layout: Layout, first: int, steps: int, folder: str | None, compile: str = "off"
+    rank: int,
+    layout: Layout,
+    first: int,
+    steps: int,
+    folder: str | None,
+    compile: str = "off",
+    config: ModelConfig = MODEL,
 ) -> list[tuple[float, float, float]]:
     """Loss, gradient norm and, after the update, loss of evaluation of each step; resumes from and saves to `folder`."""
     ranks = place_ranks(layout, torch.device("cpu"))
     choices = choose(ranks.device, compile, 0.0, layout)
     assert choices.compile == (compile == "on"), choices.why
     prepare(choices, ranks.mesh)
-    model = build_model(MODEL, layout, ranks, torch.float32, seed=3, compiled=choices.compile)
+    model = build_model(config, layout, ranks, torch.float32, seed=3, compiled=choices.compile)
     optimizer = make_optimizer(model, OPTIM)
     store = make_store(folder) if folder else None
     if store:
@@ -97,6 +104,25 @@ def test_loss_and_gradient_norm_of_three_steps_are_those_of_one_rank(name: str, 
     assert layout.problems(MODEL, 8, layout.gpus, layout.gpus) == []
     for found in run_ranks(train, layout.gpus, tmp_path, layout, 0, 3, None, timeout_s=150):
         for step, expected in zip(found, one_rank, strict=True):
+            assert step == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_rank_grouped(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_ranks(train, 1, tmp_path_factory.mktemp("one"), ONE, 0, 3, None, "off", GROUPED)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "compile"), [("tp", "off"), ("cp", "off"), ("dp x tp x pp", "off"), ("fsdp", "on"), ("tp", "on")]
+)
+def test_queries_in_groups_are_those_of_one_rank(
+    name: str, compile: str, one_rank_grouped: Any, one_rank: Any, tmp_path: Path
+) -> None:
+    layout = laid(**LAYOUTS[name])
+    assert layout.problems(GROUPED, 8, layout.gpus, layout.gpus) == []
+    assert one_rank_grouped[0] != pytest.approx(one_rank[0], rel=1e-3)
+    for found in run_ranks(train, layout.gpus, tmp_path, layout, 0, 3, None, compile, GROUPED, timeout_s=500):
+        for step, expected in zip(found, one_rank_grouped, strict=True):
             assert step == pytest.approx(expected, rel=1e-5)
 
 

@@ -1,5 +1,7 @@
 """The transformer against the Hugging Face implementation and against itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,10 +14,12 @@ CONFIG = ModelConfig(
     name="test", dim=64, n_layers=3, n_heads=4, ffn_dim=192, vocab_size=211, sequence_length=48, norm_eps=1e-5
 )
 
+GROUPED = replace(CONFIG, n_kv_heads=2, rope_theta=500_000.0)
 
-def models(seed: int = 3) -> tuple[Transformer, LlamaForCausalLM]:
-    ours = Transformer(CONFIG)
-    ours.initialize(seed)
+
+def models(config: ModelConfig = CONFIG) -> tuple[Transformer, LlamaForCausalLM]:
+    ours = Transformer(config)
+    ours.initialize(seed=3)
     with torch.no_grad():  # norms of one would hide a norm that is not applied
         for name, parameter in ours.named_parameters():
             if "norm" in name:
@@ -25,6 +29,8 @@ def models(seed: int = 3) -> tuple[Transformer, LlamaForCausalLM]:
             hidden_size=CONFIG.dim,
             num_hidden_layers=CONFIG.n_layers,
             num_attention_heads=CONFIG.n_heads,
+            num_key_value_heads=config.n_kv_heads or config.n_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             intermediate_size=CONFIG.ffn_dim,
             vocab_size=CONFIG.vocab_size,
             max_position_embeddings=CONFIG.sequence_length,
@@ -36,16 +42,18 @@ def models(seed: int = 3) -> tuple[Transformer, LlamaForCausalLM]:
     return ours, theirs
 
 
-def test_logits_equal_hugging_face_llama() -> None:
-    ours, theirs = models()
+@pytest.mark.parametrize("config", [CONFIG, GROUPED])
+def test_logits_equal_hugging_face_llama(config: ModelConfig) -> None:
+    ours, theirs = models(config)
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         difference = (ours(tokens) - theirs(tokens).logits).abs().max()
     assert difference <= 1e-4
 
 
-def test_loss_and_every_gradient_equal_hugging_face_llama() -> None:
-    ours, theirs = models()
+@pytest.mark.parametrize("config", [CONFIG, GROUPED])
+def test_loss_and_every_gradient_equal_hugging_face_llama(config: ModelConfig) -> None:
+    ours, theirs = models(config)
     row = torch.randint(0, CONFIG.vocab_size, (2, 49), generator=torch.Generator().manual_seed(2))
     loss = ours(row[:, :-1], row[:, 1:]) / row[:, 1:].numel()
     loss.backward()

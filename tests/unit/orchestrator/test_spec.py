@@ -35,6 +35,14 @@ def test_sizes_of_the_paper(name: str, billions: float, dim: int, heads: int, la
     assert (spec.optim.warmup_steps, spec.optim.min_lr_ratio) == (2000, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama2_70b", 68_976_648_192), ("llama3_8b", 8_030_261_248), ("llama3_70b", 70_553_706_496)],
+)
+def test_sizes_of_later_llamas_are_those_of_the_released_weights(name: str, parameters: int) -> None:
+    assert parameter_count(compose([f"model={name}"]).model) == parameters
+
+
 def test_llama_65b_is_the_published_run() -> None:
     spec = compose(["experiment=llama_65b"])
     assert spec.cluster.gpus == spec.layout.gpus == 2048
@@ -58,7 +66,7 @@ def test_parameter_count_is_the_models_own() -> None:
 
     from model.transformer import Transformer
 
-    for name in ("tiny", "llama_65b"):
+    for name in ("tiny", "llama_65b", "llama3_8b"):
         config = compose([f"model={name}"]).model
         with torch.device("meta"):
             model = Transformer(config)
