@@ -229,7 +229,12 @@ def _train(
         # looked at again there: a sweep without halving has taken it away
         return stop.requested or (PAUSE if reached and directory.pause_step() is not None else None)
 
-    profiler = StepProfiler(spec.profile, directory.profiles, recorder.attempt, here.rank, ranks.device, recorder.event)
+    def profiled(kind: str, step: int, detail: str) -> None:
+        recorder.event(kind, step, detail)
+        if not ranks.is_main:
+            say(f"{kind}: {detail}")  # in its own log
+
+    profiler = StepProfiler(spec.profile, directory.profiles, recorder.attempt, here.rank, ranks.device, profiled)
     trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node, pulse, profiler)
     budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)
     with _BudgetWatch(directory, recorder, stop) if budgeted else nullcontext():

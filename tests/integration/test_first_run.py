@@ -254,3 +254,5 @@ def test_the_ranks_that_were_asked_trace_their_steps(workplace: Path) -> None:
         assert any("reduce_scatter" in name for name in names)
     (told,) = [e for e in read_events(there.events) if e.kind == "profiled"]
     assert told.detail in done.stdout.replace("\n", "")
+    (log,) = there.logs.glob("*_1_log.out")
+    assert "profiled: steps 4 to 5: " in log.read_text()
