@@ -47,6 +47,7 @@ class CarbonStatement:
     slurm: str  # where `slurm_kwh` comes from, or why there is none
     method: str  # how low and high were got
     location: str | None = None
+    covered_share: float = 1.0  # of the device-hours, those whose energy is in `energy_kwh`; the others count as 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -72,10 +73,12 @@ class Figure:
 
 def figures(s: CarbonStatement) -> list[Figure]:
     """Every figure of a statement, each with how it was got."""
-    got = _mixture(s.by_source_kwh)
+    got = _got(s)
     rows: list[Figure] = []
     if s.energy_kwh is not None and s.site_energy_kwh is not None:
         rows.append(_ranged("energy_kwh", s.energy_kwh, got))
+        if s.covered_share < 1:
+            rows.append(Figure("covered_share", s.covered_share, "of the device-hours, those whose energy is counted"))
         rows.append(_ranged("site_energy_kwh", s.site_energy_kwh, f"energy_kwh x PUE {s.pue:g}"))
         central = s.energy_kwh.central
         relative = s.energy_kwh * (1 / central) if central else Range(0, 0, 0)
@@ -130,7 +133,7 @@ def sentence(s: CarbonStatement) -> str:
     lost = 100 * s.by_class_kwh.get("lost", 0.0) / total if total else 0.0
     kept = 100 * s.by_class_kwh.get("kept", 0.0) / total if total else 0.0
     energy = (
-        f"energy: {_span(s.site_energy_kwh)} kWh at the site (PUE {s.pue:g}; {_mixture(s.by_source_kwh)}), "
+        f"energy: {_span(s.site_energy_kwh)} kWh at the site (PUE {s.pue:g}; {_got(s)}), "
         f"{kept:.0f}% in kept steps, {lost:.0f}% in lost ones"
     )
     carbon = f"{_span(s.co2e_kg)} kg CO2e ({s.intensity})" if s.co2e_kg else f"no carbon is told: {s.intensity}"
@@ -210,7 +213,7 @@ def to_model_card(s: CarbonStatement) -> str:
     """The model card's YAML (Hugging Face's `co2_eq_emissions`: grams)."""
     if s.co2e_kg is None:
         return f"# co2_eq_emissions is left out: {s.intensity}\n"
-    got = _mixture(s.by_source_kwh)
+    got = _got(s)
     lines = [
         "co2_eq_emissions:",
         f"  emissions: {1000 * s.co2e_kg.central:.6g}",
@@ -237,10 +240,11 @@ def llama_form(statements: Sequence[CarbonStatement]) -> tuple[tuple[str, ...], 
         device = (s.name, s.gpu, f"{s.gpu_watts:g} W", _number(s.gpu_hours))
         if s.site_energy_kwh is not None:
             carbon = _span(s.co2e_kg * scale) if s.co2e_kg else "-"
-            how = f"{_mostly(s.by_source_kwh)} x PUE {s.pue:g}: {_mixture(s.by_source_kwh)}"
+            how = f"{_mostly(s.by_source_kwh)} x PUE {s.pue:g}: {_got(s)}"
             rows.append((*device, _span(s.site_energy_kwh * scale), carbon, how))
         carbon = _number(s.formula_co2e_kg * scale) if s.formula_co2e_kg is not None else "-"
-        rows.append((*device, _number(s.formula_kwh * scale), carbon, "formula: hours x W x PUE"))
+        alone = "" if s.site_energy_kwh is not None else "; nothing was measured"
+        rows.append((*device, _number(s.formula_kwh * scale), carbon, f"formula: hours x W x PUE{alone}"))
     return ("run", "device", "power", "device-hours", *units, "how it was got"), rows
 
 
@@ -280,6 +284,14 @@ def llama_table(gpu_watts: float = 400, pue: float = 1.1, kg_per_kwh: float = 0.
 
 def _ranged(key: str, value: Range, how: str) -> Figure:
     return Figure(key, value.central, how, value.low, value.high)
+
+
+def _got(s: CarbonStatement) -> str:
+    """How an energy was got, and how much of the time it leaves out."""
+    if s.covered_share >= 1:
+        return _mixture(s.by_source_kwh)
+    percent = f"{min(100 * s.covered_share, 99.9):.3g}%"
+    return f"{_mixture(s.by_source_kwh)}; covers {percent} of the device-hours, the others count as 0"
 
 
 def _mixture(by_source_kwh: dict[str, float]) -> str:

@@ -54,10 +54,14 @@
   // ------------------------------------------------------------------------------------------------- line charts
 
   function marksOf(panel) {
-    const kinds = panel.lines.filter((l) => /^event\.\w+$/.test(l.source)).map((l) => [l.source.slice(6), l.label]);
-    return kinds.map(([kind, label]) => ({
-      kind, label, at: D.runs.flatMap((r) => r.events.filter((e) => e.kind === kind && e.step > 0)),
-    })).filter((m) => m.at.length);
+    const found = new Map(); // by label: the same may come of events of several kinds
+    for (const l of panel.lines.filter((l) => /^event\.\w+$/.test(l.source))) {
+      const kind = l.source.slice(6);
+      const mark = found.get(l.label) || { label: l.label, color: color("--" + (l.act || kind)) || color("--muted"), dashed: kind === "resumed", at: [] };
+      mark.at.push(...D.runs.flatMap((r) => r.events.filter((e) => e.kind === kind && e.step > 0 && (!l.act || (e.data && e.data.act === l.act)))));
+      found.set(l.label, mark);
+    }
+    return [...found.values()].filter((m) => m.at.length);
   }
 
   // One entry per drawn line: its own x, y, look. Tables with other x are joined by uPlot.
@@ -181,8 +185,8 @@
           ctx.save();
           ctx.beginPath(); ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height); ctx.clip();
           for (const m of marks) {
-            ctx.strokeStyle = ctx.fillStyle = color("--" + m.kind) || color("--muted");
-            ctx.lineWidth = ratio; ctx.setLineDash(m.kind === "resumed" ? [3 * ratio, 4 * ratio] : []);
+            ctx.strokeStyle = ctx.fillStyle = m.color;
+            ctx.lineWidth = ratio; ctx.setLineDash(m.dashed ? [3 * ratio, 4 * ratio] : []);
             ctx.globalAlpha = m.at.length > 100 ? 0.35 : 0.75;
             for (const e of m.at) {
               const x = Math.round(u.valToPos(e.step, "x", true)) + 0.5;
@@ -202,13 +206,13 @@
     plots.push(plot);
     plot.root.querySelectorAll(".u-series.extreme").forEach((row) => { row.hidden = true; });
     new ResizeObserver(() => { const w = holder.clientWidth; if (w && Math.abs(w - plot.width) > 1) plot.setSize({ width: w, height: options.height }); }).observe(holder);
-    const legend = marks.length ? el("div", { class: "marks" }, marks.map((m) => el("span", {}, dot(color("--" + m.kind) || color("--muted")), m.at.length + " " + m.label + (m.at.length > 1 ? "s" : "")))) : null;
+    const legend = marks.length ? el("div", { class: "marks" }, marks.map((m) => el("span", {}, dot(m.color), m.at.length + " " + (m.at.length > 1 ? m.label.replace(/^\w+/, "$&s") : m.label)))) : null;
     return [holder, legend, marks.length ? hint : null];
   }
 
   // ------------------------------------------------------------------------------------------- bars, lives, tables
 
-  function shares(title, parts, unit, format) {
+  function shares(title, parts, format) {
     const total = parts.reduce((a, p) => a + p.value, 0);
     if (!(total > 0)) return [title ? el("p", { class: "about" }, title) : null, el("p", { class: "none" }, "nothing yet")];
     const bar = el("div", { class: "shares", role: "img", "aria-label": parts.map((p) => p.label + " " + percent(p.value / total)).join(", ") });
@@ -226,12 +230,12 @@
       const title = many() ? run.name : null;
       if (panel.key === "ettr") {
         const parts = panel.lines.map((l) => { const kind = l.source.split(".")[1]; return { label: l.label, value: run.seconds[kind] || 0, color: color("--" + kind) }; });
-        return [el("div", { class: "big" }, percent(run.headline.ettr), el("small", {}, "  ETTR" + (many() ? " · " + run.name : ""))), ...shares(null, parts, panel.unit, span)];
+        return [el("div", { class: "big" }, percent(run.headline.ettr), el("small", {}, "  ETTR" + (many() ? " · " + run.name : ""))), ...shares(null, parts, span)];
       }
       const kwh = run[panel.key];
       if (!kwh) return [el("p", { class: "none" }, (title ? title + ": " : "") + "nothing was measured")];
       const parts = Object.entries(kwh).map(([k, v], i) => ({ label: k, value: v, color: color("--" + k) || color("--c" + (i % 8)) }));
-      return shares(title, parts, "kWh", (v) => energy(v).join(" "));
+      return shares(title, parts, (v) => energy(v).join(" "));
     });
   }
 
@@ -311,7 +315,7 @@
 
   function top() {
     if (many()) {
-      const head = [["run", "name"], ["state"], ["steps", "n"], ["loss", "n"], ["held-out", "n"], ["tokens/s", "n"], ["MFU", "n"], ["ETTR", "n"], ["kWh", "n"], ["kg CO2e", "n"], ...D.differing.map((k) => [k])];
+      const head = [["run", "name"], ["state"], ["steps done", "n"], ["loss", "n"], ["held-out", "n"], ["tokens/s", "n"], ["MFU", "n"], ["ETTR", "n"], ["kWh", "n"], ["kg CO2e", "n"], ...D.differing.map((k) => [k])];
       const rows = D.runs.map((r, i) => [el("span", {}, dot(runColor(i)), r.name), r.state, r.steps_done.toLocaleString("en"), number(r.headline.loss), number(r.headline.held_out_loss), number(r.headline.tokens_per_s), percent(r.headline.mfu), percent(r.headline.ettr), number(r.energy_kwh), number(r.co2e_kg), ...D.differing.map((k) => String(r.config[k] ?? "–"))]);
       return [el("div", { class: "card wide" }, table(head, rows))];
     }
@@ -320,7 +324,7 @@
       tile("step" + (h.left_s ? ", " + span(h.left_s) + " left" : ""), r.steps_done.toLocaleString("en"), "of " + r.steps_planned.toLocaleString("en"), r.steps_done / r.steps_planned),
       tile("loss", number(h.loss), "nats/token"), tile("held-out loss", number(h.held_out_loss), "nats/token"),
       tile("tokens", number(h.tokens)), tile("speed", number(h.tokens_per_s), "tokens/s"), tile("MFU", percent(h.mfu)),
-      tile("ETTR", percent(h.ettr)), tile("energy at the site", ...energy(r.energy_kwh)),
+      tile("ETTR", percent(h.ettr)), tile("energy at the site" + (r.energy_covered_share < 1 && r.energy_kwh !== null ? ", of " + percent(r.energy_covered_share) + " of the device-hours" : ""), ...energy(r.energy_kwh)),
       r.co2e_kg === null ? tile("carbon", "–", "set carbon.zone") : tile("carbon", ...mass(r.co2e_kg)))];
   }
 
@@ -355,7 +359,7 @@
       if (notes.length && series.length) body.push(el("p", { class: "about" }, notes.join("; ")));
     } else body = { shares: sharesPanel, life: lifePanel, table: tablePanel }[panel.kind](panel);
     return el("article", { class: "card", id: "panel-" + panel.key },
-      el("h3", {}, panel.title, panel.unit && panel.kind !== "life" ? el("small", {}, panel.unit) : null),
+      el("h3", {}, panel.title, panel.unit ? el("small", {}, panel.unit) : null),
       panel.about ? el("p", { class: "about" }, panel.about) : null, body);
   }
 

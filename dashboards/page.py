@@ -19,7 +19,7 @@ from dashboards.panels import PANELS, SECTIONS
 from dashboards.run_view import BUCKETS, Happening, RunView
 
 EVENTS = 1000  # of one kind of a run; of more, as many, evenly spread
-_EVENT_DATA = ("loss", "loss_by_source")  # what charts draw of an event
+_EVENT_DATA = ("loss", "loss_by_source", "act")  # what charts draw of an event
 
 
 def buckets_for(runs: int) -> int:
@@ -90,6 +90,7 @@ def _run(run: RunView, config: dict[str, Any]) -> dict[str, Any]:
         "energy_by_class": s.by_class_kwh if s is not None and measured else None,
         "energy_by_source": s.by_source_kwh if s is not None and measured else None,
         "energy_kwh": s.site_energy_kwh.central if s is not None and s.site_energy_kwh else None,
+        "energy_covered_share": s.covered_share if s is not None and measured else None,
         "co2e_kg": s.co2e_kg.central if s is not None and s.co2e_kg else None,
         "carbon": None
         if s is None

@@ -4,7 +4,7 @@ Both faces are built from it: the HTML page (`page.py`) and the W&B mirror and w
 A source is `WHAT.FIELD`:
 
 - `step.FIELD`       of every step record
-- `event.KIND.KEY`   of the `data` of events of a kind; `event.KIND` is the event itself
+- `event.KIND.KEY`   of the `data` of events of a kind; `event.KIND` is the event itself, of one `act` where the line names it
 - `ledger.FIELD`     of an energy reading, one device at one time
 - `carbon.FIELD`     of the carbon statement
 - `life.KIND`        time, by what the run did with it
@@ -27,6 +27,7 @@ class Line:
     source: str
     label: str
     points: bool = False  # seldom measured: dots on the line
+    act: str = ""  # of events whose `data` has this act alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Panel:
     key: str
     section: str
     title: str
-    unit: str  # as it is shown, after `scale`
+    unit: str  # as it is shown, after `scale`; empty where every figure carries its own
     lines: tuple[Line, ...]
     kind: str = "steps"
     scale: float = 1.0  # shown = recorded x scale
@@ -46,6 +47,13 @@ class Panel:
         return tuple(line for line in self.lines if line.source.startswith("step."))
 
 
+# What came of a withheld update, where it was not applied as it was computed: the second computation tells, not `withheld`.
+_NOT_AS_COMPUTED = (
+    Line("event.recomputed", "update left out", act="leave_out"),
+    Line("event.spike", "update left out", act="skip"),
+    Line("event.recomputed", "update applied clipped", act="clip"),
+)
+
 PANELS = (
     Panel(
         key="loss",
@@ -55,10 +63,10 @@ PANELS = (
         lines=(
             Line("step.loss", "training"),
             Line("event.evaluated.loss", "held-out", points=True),
+            *_NOT_AS_COMPUTED,
             Line("event.spike", "spike"),
             Line("event.rewound", "rewind"),
             Line("event.resumed", "resume"),
-            Line("event.withheld", "update left out"),
         ),
         about="Mean over the global batch. Steps that a rewind or a crash undid are grey.",
     ),
@@ -76,9 +84,9 @@ PANELS = (
         unit="before clipping",
         lines=(
             Line("step.grad_norm", "gradient norm"),
+            *_NOT_AS_COMPUTED,
             Line("event.spike", "spike"),
             Line("event.rewound", "rewind"),
-            Line("event.withheld", "update left out"),
         ),
         log=True,
     ),
@@ -115,7 +123,7 @@ PANELS = (
         key="life",
         section="Reliability",
         title="Attempts",
-        unit="h",
+        unit="",
         kind="life",
         lines=(
             Line("life.kept", "kept steps"),
@@ -131,7 +139,7 @@ PANELS = (
         key="ettr",
         section="Reliability",
         title="Where the time went",
-        unit="h",
+        unit="",
         kind="shares",
         lines=(
             Line("life.kept", "kept steps"),
@@ -156,6 +164,9 @@ PANELS = (
             Line("event.spike", "spike"),
             Line("event.rewound", "rewound"),
             Line("event.withheld", "withheld"),
+            Line("event.recomputed", "recomputed"),
+            Line("event.recovered", "recovered"),
+            Line("event.rewind_dropped", "rewind dropped"),
             Line("event.restarted", "ranks restarted"),
             Line("event.hung", "hung"),
             Line("event.straggler", "straggler"),
@@ -195,7 +206,7 @@ PANELS = (
         key="energy_by_class",
         section="Energy",
         title="What the energy was for",
-        unit="kWh",
+        unit="",
         kind="shares",
         lines=(Line("carbon.by_class_kwh", "by use"),),
     ),
@@ -203,7 +214,7 @@ PANELS = (
         key="energy_by_source",
         section="Energy",
         title="How it was measured",
-        unit="kWh",
+        unit="",
         kind="shares",
         lines=(Line("carbon.by_source_kwh", "by source"),),
     ),

@@ -24,6 +24,8 @@ class SweepPoint:
     name: str
     state: str
     values: dict[str, str]  # of each axis
+    step: int  # reached
+    loss: float | None  # of the training, nats per token: the mean of the last tenth of its steps, as halving compares
     held_out_loss: float | None  # nats per token
     parameters: int | None
     tokens: int  # trained
@@ -59,7 +61,7 @@ def sweep_page(
     co2e_kg: float | None,
     saved: str = "",
 ) -> str:
-    """The whole file. `points` best first; `saved`: what halving saved, in words.
+    """The whole file. `points` in the order of their table; `saved`: what halving saved, in words.
 
     Its content security policy lets no script run and no request leave.
     """
@@ -95,8 +97,15 @@ def _compared(axes: Sequence[str], points: Sequence[SweepPoint]) -> str:
     shown = [p for p in points if _loss(p) is not None]
     dropped = [p for p in points if p.state == "dropped" and p.held_out_loss and math.isfinite(p.held_out_loss)]
     if shown and axes:
-        told = "<p>dashed: dropped by halving, with the held-out loss of then</p>" if dropped else ""
-        body.append(f"<h2>Parallel coordinates</h2>{told}" + _coordinates(axes, [*shown, *dropped], colors))
+        told = ["dashed: dropped by halving, with the held-out loss of then"] if dropped else []
+        if missing := len(points) - len(shown) - len(dropped):
+            who = f"{missing} of {len(points)} points {'is' if missing == 1 else 'are'} not in the picture"
+            told.append(f"{who}: neither finished nor dropped with a held-out loss")
+        body.append(
+            "<h2>Parallel coordinates</h2>"
+            + "".join(f"<p>{line}</p>" for line in told)
+            + _coordinates(axes, [*shown, *dropped], colors)
+        )
     curves = [Series("", colors[p.name], line=p.curve) for p in reversed(points) if len(p.curve) > 1]
     if curves:
         chart = Chart(
@@ -178,11 +187,25 @@ def _scale(values: Sequence[str]) -> dict[str, float]:
 
 
 def _table(axes: Sequence[str], points: Sequence[SweepPoint], colors: dict[str, str]) -> str:
-    heads = ["point", *axes, "state", "held-out loss", "parameters", "tokens", "steps (s)", "Wh (site)", "g CO2e"]
+    heads = [
+        "point",
+        *axes,
+        "state",
+        "step",
+        "loss",
+        "held-out loss",
+        "parameters",
+        "tokens",
+        "steps (s)",
+        "Wh (site)",
+        "g CO2e",
+    ]
     rows = []
     for rank, p in enumerate(points):
         best = ' class="best"' if rank == 0 and len(points) > 1 and _loss(p) is not None else ""
         numbers = [
+            f"{p.step:,}",
+            "" if p.loss is None else f"{p.loss:.4f}",
             "" if p.held_out_loss is None else f"{p.held_out_loss:.4f}",
             "" if p.parameters is None else short(p.parameters),
             short(p.tokens),

@@ -40,6 +40,7 @@ def export(
     checkpoints: str,
     config: CheckpointConfig,
     data: str,
+    tokenizer_copy: str,
     folder: Path,
     step: int | None,
     dtype: str,
@@ -54,7 +55,12 @@ def export(
         if kind == "passed_over":
             passed_over.append(detail)
 
-    tokenizer_json = PreparedData.load(data).tokenizer().to_json()  # before hours of reading
+    try:  # before hours of reading
+        tokenizer = PreparedData.load(data).tokenizer()
+    except ValueError:  # gone or damaged: the run has a copy
+        if not Path(tokenizer_copy).exists():
+            raise
+        tokenizer = Tokenizer.load(tokenizer_copy)
     store = CheckpointStore(checkpoints, config, on_event=on_event, read_only=True)
     there = store.history_steps()
     if step is not None and step not in there:
@@ -70,10 +76,11 @@ def export(
         raise CheckpointError(f"{passed_over[0]}; --step {loaded.step} is valid")
     renamed = to_hugging_face({name.removeprefix("model."): tensor for name, tensor in weights.items()})
     save_torch_state_dict(renamed, folder, max_shard_size=SHARD_SIZE)
-    _write(folder / "config.json", _config(model, dtype))
-    _write(folder / "generation_config.json", {"bos_token_id": Tokenizer.bos_id, "eos_token_id": Tokenizer.eos_id})
-    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-    _write(folder / "tokenizer_config.json", _TOKENIZER)
+    ids: dict[str, object] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    _write(folder / "config.json", _config(model, dtype) | ids)
+    _write(folder / "generation_config.json", ids)
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    _write(folder / "tokenizer_config.json", _TOKENIZER | tokenizer.special_tokens())
     umask = os.umask(0)
     os.umask(umask)
     for file in folder.iterdir():  # safetensors writes what its owner alone may read
@@ -89,7 +96,7 @@ def export(
 
 
 def _config(model: ModelConfig, dtype: str) -> dict[str, object]:
-    """transformers' LlamaConfig."""
+    """transformers' LlamaConfig, without the ids of the tokenizer."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -108,22 +115,14 @@ def _config(model: ModelConfig, dtype: str) -> dict[str, object]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "bos_token_id": Tokenizer.bos_id,
-        "eos_token_id": Tokenizer.eos_id,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
     }
 
 
-_TOKENIZER = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "unk_token": "<unk>",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "clean_up_tokenization_spaces": False,
-}
+_TOKENIZER: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
-def _write(path: Path, value: dict[str, object] | dict[str, int]) -> None:
+def _write(path: Path, value: dict[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -136,6 +135,7 @@ def main() -> None:
             asked["checkpoints"],
             CheckpointConfig(**asked["checkpoint"]),
             asked["data"],
+            asked["tokenizer_copy"],
             Path(asked["folder"]),
             asked["step"],
             asked["dtype"],

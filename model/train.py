@@ -288,7 +288,8 @@ class Trainer:
             self.config.layout.microbatch_sequences,
         )
         if not losses:
-            self.recorder.event("evaluated", self.step, "no source has held-out rows: nothing to evaluate")
+            why = "no source has held-out rows" if self.config.eval_rows_per_source else "eval_rows_per_source=0"
+            self.recorder.event("evaluated", self.step, f"{why}: nothing to evaluate")
             return
         shares = {s: self.loader.proportions[s] for s in losses}
         mean = sum(losses[s] * shares[s] for s in losses) / sum(shares.values())

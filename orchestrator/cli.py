@@ -201,8 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     carbon.add_argument(
         "--format",
         choices=("md", "csv", "html", "prometheus", "model-card"),
-        default="md",
-        help="html opens with no network; prometheus is for node_exporter's textfile collector",
+        help="default md; html opens with no network; prometheus is for node_exporter's textfile collector",
     )
     carbon.add_argument("--no-slurm", action="store_true", help="leave out the cross-check with sacct")
     carbon.add_argument("--llama-table", action="store_true", help="print the LLaMA paper's table 15, recomputed")
@@ -267,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="a step from which the loss is expected to change (learning-rate restart, new mix); may be repeated",
     )
-    replay.add_argument("--undone", action="store_true", help="of a run directory, also the steps that were undone")
+    replay.add_argument("--undone", action="store_true", help="also the steps that a restart or rewind has undone")
     replay.add_argument("--picture", type=Path, metavar="DIR", help="write the pictures here (default: this folder)")
     replay.add_argument("--no-picture", action="store_true", help="print only")
     _takes_json(replay)
@@ -617,6 +616,8 @@ def _report_carbon(args: argparse.Namespace) -> int:
     from orchestrator.energy.report import account
     from orchestrator.errors import UserError
 
+    if args.json and args.format:
+        raise UserError(f"--json and --format {args.format} are two forms: give one of them")
     if args.llama_table:
         print(shown.llama_table(), end="")
         return 0
@@ -635,7 +636,7 @@ def _report_carbon(args: argparse.Namespace) -> int:
             "csv": shown.to_csv,
             "html": shown.to_html,
             "prometheus": shown.to_prometheus,
-        }[args.format]
+        }[args.format or "md"]
         print(render(statements), end="")
     return 0
 

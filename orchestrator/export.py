@@ -35,6 +35,7 @@ def export(run: Path, folder: Path, step: int | None, dtype: str, as_json: bool)
             checkpoints=spec.checkpoint.url or str(run_dir.checkpoints),
             checkpoint=asdict(spec.checkpoint),
             data=run_dir.data.read_text().strip(),
+            tokenizer_copy=str(run_dir.tokenizer),
             folder=str(new),
             step=step,
             dtype=dtype,
@@ -69,6 +70,7 @@ def _in_a_process_with_torch(**asked: Any) -> dict[str, Any]:
             f"the process that exports was ended by {signal_name} (KILL: perhaps memory, which holds the weights once)"
         )
     if done.returncode:
-        raise Failure(f"the model could not be exported: {done.stderr[-2000:].strip()}")
+        said = done.stderr.strip().splitlines()[-1:] or ["it does not say why"]  # of a traceback the cause
+        raise Failure(f"the model could not be exported: {said[0]}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found

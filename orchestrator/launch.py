@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import FrameType
 from typing import Any
 
@@ -22,8 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dashboards.curve import loss_curve_svg
 from dashboards.wandb_run import has_key
+from model.checkpoint.policy import RUN, of_another_run
 from model.checkpoint.storage import Storage
-from model.data.prepare import PreparedData, prepare
+from model.data.prepare import PreparedData, prepare, reopen
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
 from orchestrator.console import plain_console
@@ -37,7 +40,7 @@ from orchestrator.snapshot import snapshot
 from orchestrator.spec import RunSpec
 from orchestrator.spikes.watch import stopped_for_a_person
 from slurm.lemons import excluded
-from slurm.request import JobRequest
+from slurm.request import JobRequest, Refused
 from slurm.submit import Job, find, sbatch_script, submit, submit_once
 
 WORKER = "orchestrator.worker:main"
@@ -71,9 +74,15 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     run_dir, now_s = RunDir(spec.run_dir.resolve()), time.time()
     if (run_dir.root / SWEEP).exists() and not run_dir.spec.exists():
         raise UserError(f"{_short(run_dir.root)} is the directory of a sweep: give this run another name (name=...)")
+    for above in PurePath(spec.name).parents[:-1]:
+        if RunDir(Path(spec.run_root) / above).spec.exists():
+            raise UserError(
+                f"name={spec.name} lies in the directory of the run {above}: give it another name (name=...)"
+            )
+    _refuse_changed(run_dir, spec)
     if dry_run:
         return _dry_run(spec, run_dir, greenest(spec, forecast_of(spec, now_s), now_s))
-    if is_finished(run_dir) and not _changed(run_dir, spec):
+    if is_finished(run_dir):
         console.print(f"{spec.name} is finished: all {spec.steps:,} steps are trained.")
         _print_summary(console, spec, run_dir)
         return 0
@@ -82,8 +91,15 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
             f"{_short(run_dir.root)} was stopped for a person to look at it.\n{why}\n"
             "To go on from its newest checkpoint, change what spikes.* allows, or choose spikes=watch."
         )
-    if spec.cluster.kind == "slurm" and (job_id := find(run_dir.submission)):
+    if job_id := find(run_dir.submission):
+        if spec.cluster.kind != "slurm":
+            raise UserError(
+                f"{_short(run_dir.root)} is in the queue of Slurm already, or runs: job {job_id}. `arriero cancel "
+                f"{_short(run_dir.root)}` first, or launch another run with name=..."
+            )
         console.print(f"{spec.name} is in the queue already, or runs: job {job_id}")
+        for line in _differences(run_dir, spec):
+            console.print(f"  not for that job: {line}; cancel it and launch again")
         _print_what_next(console, run_dir)
         return 0
     if run_dir.is_at_work():
@@ -95,9 +111,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         console.print(f"layout chosen      {forecast.layout_sentence(spec.layout)}")
     expected = forecast_of(spec, now_s)
     start = greenest(spec, expected, now_s)
-    _refuse_changed(run_dir, spec)
-    if not run_dir.spec.exists():
-        _ask_store(spec)
+    _ask_store(spec, run_dir)
     _ask_gpus(spec)
     if cpus := on_cpus(spec):
         console.print(cpus)
@@ -111,14 +125,19 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
         console.print(forecast.sentence(expected))
         for text in expected.assumed:
             console.print(f"assumed            {text}")
-    prepared = _prepare(console, spec)
+    prepared = prepared_for(console, spec, run_dir)
     _print_mix(console, spec, prepared)
-    write_run_dir(spec, run_dir, overrides)  # last: what was refused until here leaves the name free
+    is_new = not run_dir.root.exists()
+    write_run_dir(spec, run_dir, overrides, prepared)  # last: what was refused until here leaves the name free
     write_plan(run_dir, expected)
-    run_dir.data.write_text(f"{prepared.root.resolve()}\n")
     run_dir.cancelled.unlink(missing_ok=True)
     if spec.cluster.kind == "slurm":
-        return _submit(console, spec, run_dir, start)
+        try:
+            return _submit(console, spec, run_dir, start)
+        except Refused:
+            if is_new:
+                shutil.rmtree(run_dir.root, ignore_errors=True)
+            raise
     before = len(read_events(run_dir.events))
     job = submit(JobRequest(name=spec.name, entry=WORKER, run_dir=str(run_dir.root), cluster=spec.cluster))
     console.print(f"job {job.id} on {spec.cluster.name}, {spec.cluster.gpus} rank(s); logs in {_short(run_dir.logs)}")
@@ -140,9 +159,9 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
                 f"stopped at step {stopped.step:,} of {spec.steps:,}, and not saved: the newest checkpoint is {newest}. Mend "
                 f"what the save_failed events in {_short(run_dir.events)} tell; the same command goes on from there"
             )
-        console.print(
-            f"\nStopped and saved at step {stopped.step:,} of {spec.steps:,}. To go on, run the same command again."
-        )
+        why = str(stopped.data.get("why"))
+        way_on = "To go on, run the same command again" if why.startswith("SIG") else why
+        console.print(f"\nStopped and saved at step {stopped.step:,} of {spec.steps:,}. {way_on}.")
         return 0
     _print_summary(console, spec, run_dir)
     return 0
@@ -191,16 +210,22 @@ def _dry_run(spec: RunSpec, run_dir: RunDir, start: Start | None) -> int:
     return 0
 
 
-def _ask_store(spec: RunSpec) -> None:
-    """Before a first start here, whether the store of its checkpoints takes a file: else all steps would be lost."""
-    if spec.cluster.kind != "local" or "://" not in (url := spec.checkpoint.url or ""):
+def _ask_store(spec: RunSpec, run_dir: RunDir) -> None:
+    """Before a start here, whether the place of its checkpoints takes a file, else all steps would be lost, and is no other
+    run's. Under Slurm the ranks ask."""
+    url = spec.checkpoint.url
+    if spec.cluster.kind != "local" or not url:
         return
     try:
         storage, probe = Storage(url, retries=0), f".asked-{uuid.uuid4().hex}"
         storage.put(probe, b"")
         storage.remove_file(probe)
+        owner = storage.read(RUN).decode() if RUN in storage.list() else ""
     except Exception as error:  # whatever the store's client raises
         raise Failure(f"checkpoint.url={url} takes no file: {error}") from None
+    mine = run_dir.run_id.read_text().strip() if run_dir.run_id.exists() else f"{spec.name} (new)"
+    if owner and owner != mine:
+        raise UserError(of_another_run(url, owner, mine))
 
 
 def _ask_gpus(spec: RunSpec) -> None:
@@ -279,6 +304,10 @@ def _submit(console: Console, spec: RunSpec, run_dir: RunDir, start: Start | Non
         with JsonlWriter(run_dir.events / "supervise.jsonl") as events:
             events.write(Event(time_utc=utc_now(), kind="resumed_by_hand", step=0, detail="launched again by hand"))
     request = _request(spec, run_dir, start)
+    if request.exclude:
+        console.print(
+            f"left out           {', '.join(request.exclude)}: let jobs down lately ({_short(run_dir.lemons)})"
+        )
     if start is not None:
         kwh = json.loads(run_dir.plan.read_text())["site_energy_kwh"]["central"] if run_dir.plan.exists() else None
         console.print(start.describe(kwh) if kwh else start.describe_share())
@@ -300,12 +329,15 @@ def is_finished(run_dir: RunDir) -> bool:
     return any(e.kind == "finished" for e in read_events(run_dir.events))
 
 
-def write_run_dir(spec: RunSpec, run_dir: RunDir, overrides: Sequence[str]) -> None:
+def write_run_dir(spec: RunSpec, run_dir: RunDir, overrides: Sequence[str], prepared: PreparedData) -> None:
     """The run directory of a first start, or the check that this start continues the run that is there."""
     run_dir.root.mkdir(parents=True, exist_ok=True)
     _write(run_dir.spec, specs.to_yaml(spec), first=True)
     _refuse_changed(run_dir, spec)  # also where another launch of this name was faster
     _write(run_dir.spec, specs.to_yaml(spec))
+    _write(run_dir.run_id, f"{spec.name}-{uuid.uuid4().hex[:12]}\n", first=True)
+    _write(run_dir.data, f"{prepared.root.resolve()}\n")
+    shutil.copyfile(prepared.root / "tokenizer.json", run_dir.tokenizer)
     _write(run_dir.overrides, "".join(f"{o}\n" for o in overrides))
     _write(run_dir.environment, json.dumps(_environment(), indent=1) + "\n")
     run_dir.code.mkdir(exist_ok=True)
@@ -326,13 +358,18 @@ def _refuse_changed(run_dir: RunDir, spec: RunSpec) -> None:
 
 def _changed(run_dir: RunDir, spec: RunSpec) -> list[str]:
     """What differs from the run that is there, among what may not; nothing where there is none."""
+    return [line for line in _differences(run_dir, spec) if re.split(r"[. ]", line)[0] not in _MAY_CHANGE]
+
+
+def _differences(run_dir: RunDir, spec: RunSpec) -> list[str]:
+    """What differs from the run that is there, but for where it lies; nothing where there is none."""
     if not run_dir.spec.exists() or run_dir.spec.read_text(encoding="utf-8") == specs.to_yaml(spec):
         return []  # the same text needs no parsing, which takes a tenth of a second of each point of a sweep
     before, now = _flat(specs.as_dict(specs.load(run_dir.spec))), _flat(specs.as_dict(spec))
     return [
         f"{key} was {before.get(key)}, now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in _MAY_CHANGE
+        if before.get(key) != now.get(key) and key not in ("name", "run_root")  # a directory may be moved, and renamed
     ]
 
 
@@ -363,9 +400,9 @@ def _code_version() -> tuple[str, str]:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
         return done.stdout if done.returncode == 0 else None
 
-    if (root / ".git").exists() and (commit := git("rev-parse", "HEAD")):
+    if (root / ".git").exists() and shutil.which("git") and (commit := git("rev-parse", "HEAD")):
         return commit.strip(), git("diff", "HEAD") or ""
-    return f"arriero {metadata.version('arriero')} (no git checkout)", ""
+    return f"arriero {metadata.version('arriero')} (no git, or no checkout)", ""
 
 
 @cache
@@ -380,6 +417,23 @@ def _environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "packages": dict(sorted(packages.items())),
     }
+
+
+def prepared_for(console: Console, spec: RunSpec, run_dir: RunDir) -> PreparedData:
+    """The tokens of the run's first start, whatever has become of the texts since; prepared where there was none."""
+    before = Path(run_dir.data.read_text().strip()) if run_dir.data.exists() else None
+    if before is not None and (before / "manifest.json").exists():
+        try:
+            return reopen(before)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    prepared = _prepare(console, spec)
+    if before is not None and prepared.root.name != before.name:
+        raise UserError(
+            f"{_short(run_dir.root)} trains on the tokens of {before}, which is gone, and the same texts give others now "
+            f"({prepared.root.name}): put that folder or the texts back, or launch another run with name=..."
+        )
+    return prepared
 
 
 def _prepare(console: Console, spec: RunSpec) -> PreparedData:
@@ -462,7 +516,8 @@ class _View:
         events = read_events(self.run_dir.events)
         for event in events[self.events_shown :]:
             if event.kind in _SHOWN:
-                self.console.print(f"  step {event.step:>6,}  {event.detail}")
+                detail = event.detail.removeprefix(f"step {event.step}: ")
+                self.console.print(f"  step {event.step:>6,}  {detail}")
         self.events_shown = len(events)
         newest = last_record(self.run_dir)
         if newest is None:
@@ -495,15 +550,18 @@ def _print_summary(console: Console, spec: RunSpec, run_dir: RunDir) -> None:
     events = read_events(run_dir.events)
     evaluated = [e for e in events if e.kind == "evaluated" and "loss" in e.data]
     first, last = steps[0], steps[-1]
-    prepared = PreparedData.load(run_dir.data.read_text().strip())
-    unigram = prepared.unigram_nats({n: s.proportion for n, s in spec.data.sources.items()})
+    unigram: float | None = None
+    with contextlib.suppress(ValueError, OSError):  # tokens that are gone hide nothing else
+        prepared = PreparedData.load(run_dir.data.read_text().strip())
+        unigram = prepared.unigram_nats({n: s.proportion for n, s in spec.data.sources.items()})
     console.print()
     console.print(
         f"loss               {first.loss:.3f} at step {first.step}, {last.loss:.3f} at step {last.step:,} (nats per token)"
     )
     if evaluated:
         console.print(f"held-out loss      {evaluated[-1].data['loss']:.3f}")
-    console.print(f"unigram level      {unigram:.3f}, what guessing by word frequency alone would give")
+    if unigram is not None:
+        console.print(f"unigram level      {unigram:.3f}, what guessing by word frequency alone would give")
     console.print(f"tokens             {last.tokens:,} in {sum(s.step_s for s in steps):.0f} s of steps")
     if spec.carbon.measure:
         console.print(carbon_sentence(run_dir.root), soft_wrap=True)
@@ -517,7 +575,7 @@ def _print_summary(console: Console, spec: RunSpec, run_dir: RunDir) -> None:
         console.print("  " + str(sample.data["sample"]).replace("\n", "\n  "))
     console.print(f"\nrun directory      {_short(run_dir.root)}   (what is what: docs/run_directory.md)")
     console.print(f"  loss curve       {_short(run_dir.loss_curve)}")
-    console.print(f"  checkpoints      {_short(run_dir.checkpoints)}")
+    console.print(f"  checkpoints      {spec.checkpoint.url or _short(run_dir.checkpoints)}")
     console.print(f"  records, events  {_short(run_dir.records)}, {_short(run_dir.events)}")
     console.print(f"  logs             {_short(run_dir.logs)}")
     _write_page(console, run_dir)

@@ -14,8 +14,8 @@ from types import FrameType
 from submitit.core.utils import JobPaths
 
 from orchestrator import spec as specs
-from orchestrator.incidents import Incidents
-from orchestrator.record import Event, JsonlWriter, say, utc_now
+from orchestrator.incidents import Incidents, step_on_disk
+from orchestrator.record import Event, JsonlWriter, read_events, say, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.webhook import post
 from slurm.lead import Incident
@@ -40,7 +40,7 @@ class _LocalLead:
         incidents = Incidents(self.directory, self.spec, self.tell, lambda node, why: None, self.job_id, restarts=0)
         ranks = self.spec.cluster.gpus_per_node
         limit_s = 60.0 * self.spec.cluster.time_limit_min
-        limit = threading.Timer(limit_s, self._pass_on, (signal.SIGUSR2, None))  # as Slurm's warning; monotonic
+        limit = threading.Timer(limit_s, self._time_is_over)  # monotonic
         limit.daemon = True
         limit.start()
         while True:
@@ -80,6 +80,13 @@ class _LocalLead:
                     subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
                 )
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def _time_is_over(self) -> None:
+        """As Slurm's warning, and told: of the signal alone nobody would know whose it was."""
+        detail = f"cluster.time_limit_min={self.spec.cluster.time_limit_min} is over"
+        attempts = len([*self.directory.events.glob("attempt-*.jsonl")])
+        self.tell("time_limit", step_on_disk(read_events(self.directory.events)), detail, attempts=attempts)
+        self._pass_on(signal.SIGUSR2, None)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True

@@ -32,6 +32,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def logs(root: Path, rank: int | None, everyone: bool, lines: int, follow: bool, as_json: bool) -> int:
     """Errors first, then the last lines of rank 0's log, of `rank`'s, or of `everyone`'s. All starts append to one file."""
+    if lines < 1:
+        raise UserError(f"--lines {lines}: give 1 or more")
     run = RunDir.existing(root)
     every = sorted(run.logs.glob("*_log.out"), key=lambda p: (p.stat().st_mtime, p.name))
     newest = {_rank(p): p for p in every}  # of each rank the log of the last job
@@ -71,7 +73,7 @@ def _tail(path: Path, lines: int) -> list[str]:
             begin -= size
             file.seek(begin)
             tail = file.read(size) + tail
-    return tail.decode(errors="replace").splitlines()[-lines:] if lines else []
+    return tail.decode(errors="replace").splitlines()[-lines:]
 
 
 def _growing(folder: Path, rank: int | None, seen: set[Path]) -> Iterator[tuple[Path, str]]:

@@ -84,7 +84,12 @@ def _view(
         undone=_undone_curve(undone, max(50, buckets // 3)),
         events=[
             Happening(
-                time_s=unix_s(e.time_utc), attempt=e.attempt, kind=e.kind, step=e.step, detail=e.detail, data=e.data
+                time_s=unix_s(e.time_utc),
+                attempt=e.attempt,
+                kind=e.kind,
+                step=e.step,
+                detail=e.detail.removeprefix(f"step {e.step}: "),  # it is shown beside its step
+                data=e.data,
             )
             for e in events
         ],
@@ -190,7 +195,10 @@ def _attempts(
         where = ""
         if started is not None:
             data = started.data
-            parts = [str(data.get("host", "")), f"{data['ranks']} ranks" if "ranks" in data else ""]
+            parts = [
+                str(data.get("host", "")),
+                f"{data['ranks']} rank{'s' * (data['ranks'] != 1)}" if "ranks" in data else "",
+            ]
             where = ", ".join(p for p in [*parts, str(data.get("device", ""))] if p)
         inside = [(s.start_s, s.end_s, s.kind) for s in spans if s.start_s < end_s and s.end_s > start_s]
         found.append(

@@ -24,8 +24,8 @@ _STEPS = re.compile(r"^steps: (\d+)$", re.MULTILINE)
 
 @dataclass(frozen=True, kw_only=True)
 class RunRow:
-    """One run. `state`: new, queued, running, finished, failed, stopped, cancelled, interrupted, or unknown where Slurm does not
-    answer. What a run has not told yet is None."""
+    """One run. `state`: new, queued, running, finished, failed, dropped (by a sweep's halving), stopped, cancelled, interrupted,
+    or unknown where Slurm does not answer. What a run has not told yet is None."""
 
     name: str
     run_dir: str
@@ -37,7 +37,7 @@ class RunRow:
     loss_nats: float | None
     tokens_per_s: float | None
     attempts: int
-    lineage: list[str]  # why each start after the first came: timeout, preempted, node_failure, crash, requeued
+    lineage: list[str]  # why each start after the first came: timeout, preempted, signalled, node_failure, crash ...
 
 
 def rows(folders: Sequence[Path]) -> list[RunRow]:
@@ -47,19 +47,33 @@ def rows(folders: Sequence[Path]) -> list[RunRow]:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: name a run directory, or a folder of them")
         found += [RunDir(folder)] if (folder / "spec.yaml").exists() else _below(folder)
-    journals = {run.root: _journal(run) for run in found}
-    jobs = {root: job_id for root, (job_id, _) in journals.items()}
+    return rows_of(found)
+
+
+def rows_of(found: Sequence[RunDir]) -> list[RunRow]:
+    """Of each, also of one that has no spec yet."""
+    journals = {run.root: journal(run) for run in found}
+    jobs = {root: job_id for root, (job_id, _, _) in journals.items()}
     asked = sorted({job for job in jobs.values() if job})
     live = queue.queued() if asked else {}
     gone = [job for job in asked if live is None or job not in live]
     ended = queue.accounted(gone) if gone else {}
-    # Numbers come again, on another cluster of one name: a job whose comment is another run's is not this run's.
+    answers = {**(ended or {}), **(live or {})}
+    # Numbers come again, on another cluster: a job whose comment or name is another run's is not this run's.
     others = {
-        root: live[job_id]
-        for root, (job_id, token) in journals.items()
-        if live and job_id in live and not queue.is_of(live[job_id], job_id, token)
+        root
+        for root, (job_id, token, _) in journals.items()
+        if job_id in answers and not _is_of(root, answers[job_id], token)
     }
-    return [_row(run, None if run.root in others else jobs[run.root], live, ended) for run in found]
+    return [
+        _row(run, None if run.root in others else jobs[run.root], live, ended, journals[run.root][2]) for run in found
+    ]
+
+
+def _is_of(root: Path, job: queue.JobState, token: str) -> bool:
+    """An ended job has its run's name or its sweep's; the comment is kept where the site does so."""
+    named = not job.name or job.name.rpartition("/")[2] in (root.name, root.parent.name)
+    return named and queue.is_of(job, job.job_id, token)
 
 
 def _below(folder: Path) -> list[RunDir]:
@@ -73,18 +87,22 @@ def _below(folder: Path) -> list[RunDir]:
     return found
 
 
-def _journal(run: RunDir) -> tuple[str | None, str]:
-    """The job's id, where it is known, and its token."""
+def journal(run: RunDir) -> tuple[str | None, str, str]:
+    """The job's id, where it is known and this run's; its token; and whose it is, in words, where it is another's."""
     try:
         entry = json.loads(run.submission.read_text())
-        return str(entry["job_id"] or "") or None, str(entry.get("token", ""))
+        job_id, token = str(entry["job_id"] or "") or None, str(entry.get("token", ""))
     except (OSError, ValueError, KeyError):
-        return None, ""
+        return None, "", ""
+    if other := queue.written_for(run.submission, entry):
+        gone = "" if (other / run.submission.name).exists() else ", which is not there any more"
+        return None, "", f"job {job_id} in its submission.json is that of {other}{gone}"
+    return job_id, token, ""
 
 
 def steps_of(run: RunDir) -> int | None:
     """As the spec plans them, without parsing all of it: a table has many runs."""
-    found = _STEPS.search(run.spec.read_text(encoding="utf-8"))
+    found = _STEPS.search(run.spec.read_text(encoding="utf-8")) if run.spec.exists() else None
     return int(found[1]) if found else None
 
 
@@ -93,6 +111,7 @@ def _row(
     job_id: str | None,
     live: dict[str, queue.JobState] | None,
     ended: dict[str, queue.JobState] | None,
+    copied: str,
 ) -> RunRow:
     attempts = sorted(run.events.glob("attempt-*.jsonl"))
     last = _last_event(attempts[-1]) if attempts else None
@@ -100,10 +119,17 @@ def _row(
         # It has given way to another, which tells how the run is, if it has spoken since.
         others = [e for e in map(_last_event, attempts[:-1]) if e and e.time_utc > last.time_utc]
         last = max(others, key=lambda e: e.time_utc, default=last)
-    supervised = [e for e in read_events(run.events, "supervise.jsonl")]
+    supervised = read_events(run.events, "supervise.jsonl")
+    launched = [e for e in read_events(run.events, "launcher.jsonl") if e.kind in ("failed", "dropped")]  # of a sweep
+    verdicts = [*supervised[-1:], *launched[-1:]]
     records = sorted(run.records.glob("attempt-*.jsonl"), reverse=True)
     record = next((r for r in map(read_last, records) if r is not None), None)
-    state, why = _state(run, job_id, live, ended, last, supervised[-1] if supervised else None)
+    verdict = max(verdicts, key=lambda e: e.time_utc, default=None)
+    state, why = _state(run, job_id, live, ended, last, verdict)
+    if state == "stopped" and verdict and verdict.kind == "time_limit" and verdict.data["attempts"] == len(attempts):
+        why = f"{verdict.detail}; {why}"
+    if copied and state in ("new", "interrupted"):
+        why = f"{why}; {copied}"
     return RunRow(
         name=run.root.name,
         run_dir=str(run.root),
@@ -129,7 +155,7 @@ def _state(
 ) -> tuple[str, str]:
     if last and last.kind == "finished":
         return "finished", last.detail
-    if supervised and supervised.kind in ("failed", "cancelled"):
+    if supervised and supervised.kind in ("failed", "cancelled", "dropped"):
         if last is None or last.time_utc <= supervised.time_utc:
             last = supervised
         elif (
@@ -148,7 +174,7 @@ def _state(
         return "cancelled", "go on with `arriero resume`"
     if run.is_at_work():
         return "running", "on this machine"
-    if last and last.kind in ("failed", "stopped", "cancelled"):
+    if last and last.kind in ("failed", "stopped", "cancelled", "dropped"):
         return last.kind, last.detail
     if job:
         return "interrupted", f"Slurm says {job.state}"

@@ -33,6 +33,16 @@ class RunDir:
         return self.root / "spec.yaml"
 
     @property
+    def run_id(self) -> Path:
+        """One line, made with the directory: who the run is, whatever its directory is called later."""
+        return self.root / "run_id.txt"
+
+    @property
+    def tokenizer(self) -> Path:
+        """A copy of the tokenizer that the run trains with."""
+        return self.root / "tokenizer.json"
+
+    @property
     def overrides(self) -> Path:
         """The command line's overrides, one a line."""
         return self.root / "overrides.txt"

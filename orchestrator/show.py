@@ -38,6 +38,8 @@ def write_page(paths: Sequence[Path], output: Path | None = None) -> tuple[Path,
 
 def serve(paths: Sequence[Path], port: int) -> None:
     """Serves until Ctrl-C."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: ports are 1 to 65535, and 0 takes a free one")
     runs = followers(paths)
 
     def fingerprint() -> str:  # the minute too: a run that falls silent writes nothing
@@ -46,7 +48,7 @@ def serve(paths: Sequence[Path], port: int) -> None:
     try:
         serving = server(fingerprint, lambda: [run.view() for run in runs], port)
     except OSError as error:
-        raise UserError(f"port {port}: {error.strerror}. Choose another with --port (0 takes a free one)") from None
+        raise UserError(f"--port {port}: {error.strerror}. Choose another with --port (0 takes a free one)") from None
     print(f"http://{HOST}:{serving.server_address[1]}/  (this machine only; Ctrl-C ends it)", flush=True)
     with serving, contextlib.suppress(KeyboardInterrupt):
         serving.serve_forever()

@@ -33,7 +33,7 @@ def snapshot(folder: Path, dry_run: bool = False) -> Path:
 
 def _files() -> list[str]:
     """What belongs to the packages: in a checkout what git tracks and does not ignore, else all that is installed."""
-    if (ROOT / ".git").exists():
+    if (ROOT / ".git").exists() and shutil.which("git"):
         listed = subprocess.run(
             ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PACKAGES],
             capture_output=True, text=True, check=False,

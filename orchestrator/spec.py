@@ -96,6 +96,8 @@ class RunSpec:
         found = [
             f"{f}={getattr(self, f)} must be at least 1" for f in ("steps", "eval_every_steps") if getattr(self, f) < 1
         ]
+        if self.eval_rows_per_source < 0:
+            found.append(f"eval_rows_per_source={self.eval_rows_per_source} must be 0 (no evaluation) or more")
         found += [*name_problems(self.name), *self._url_problems()]
         if self.precision not in ("auto", "bf16", "fp32"):
             found.append(f"precision={self.precision} is none of auto, bf16, fp32")
@@ -123,7 +125,7 @@ class RunSpec:
                 f"data.tokenizer.vocab_size={ids} is more than model.vocab_size={self.model.vocab_size}: set "
                 f"model.vocab_size={ids}, or leave data.tokenizer.vocab_size out"
             )
-        if not self.model.problems():
+        if not self.model.problems() and not self.cluster.problems():
             found += self.layout.problems(
                 self.model, self.optim.batch_sequences, self.cluster.gpus, self.cluster.gpus_per_node
             )
@@ -140,6 +142,10 @@ class RunSpec:
         found = []
         if "://" in self.run_root:
             found.append(f"run_root={self.run_root} must be a folder of a file system: records are appended there")
+        if get_protocol(self.checkpoint.url or "") == "memory":
+            found.append(
+                f"checkpoint.url={self.checkpoint.url} is gone with the process: give a path, or a URL such as s3://bucket/folder"
+            )
         urls = {"checkpoint.url": self.checkpoint.url, "data.tokenizer.path": self.data.tokenizer.path}
         for field, url in (urls | {f"data.sources.{n}.path": s.path for n, s in self.data.sources.items()}).items():
             if url and "://" in url:
@@ -172,6 +178,9 @@ def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, value
 
 
+# What Hydra, OmegaConf and the YAML files of a user's own groups raise.
+_UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
 ConfigStore.instance().store("schema", RunSpec)
 OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
 
@@ -186,14 +195,14 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> RunSpec
     wrong: list[str] = []
     try:
         spec = _compose([*search, *overrides])
-    except (HydraException, OmegaConfBaseException):
+    except _UNREADABLE:
         # Something is wrong: try each override by itself, so that all that is wrong is told together.
         good: list[str] = []
         for override in overrides:
             try:
                 _compose([*search, *good, override])
                 good.append(override)
-            except (HydraException, OmegaConfBaseException) as error:
+            except _UNREADABLE as error:
                 gone = ": cluster.spare_nodes says it now" if override.startswith("plan.spare_nodes=") else ""
                 wrong.append(f"{override}: {_readable(error)}{gone}")
         spec = _compose([*search, *good])
@@ -257,7 +266,7 @@ def _from_base(
         for key, value in values.items():
             OmegaConf.update(config, key, value, merge=True)
         spec = OmegaConf.to_object(config)
-    except (HydraException, OmegaConfBaseException):
+    except _UNREADABLE:
         return None
     assert isinstance(spec, RunSpec)
     return _told(wrong) if (wrong := spec.problems()) else spec
@@ -284,7 +293,10 @@ def load(path: Path) -> RunSpec:
     """The spec that a run directory holds. What did not exist when it was written has today's default; what is gone is left."""
     if not path.exists():
         raise UserError(f"{path} does not exist: is this a run directory?")
-    return copy.deepcopy(_loaded(path.read_text(encoding="utf-8")))
+    try:
+        return copy.deepcopy(_loaded(path.read_text(encoding="utf-8")))
+    except (*_UNREADABLE, AssertionError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {_readable(error)}") from None
 
 
 @lru_cache(maxsize=1024)  # a sweep's report asks several times for each of many

@@ -31,11 +31,13 @@ from orchestrator.run_dir import RunDir
 from orchestrator.webhook import post
 from slurm import lemons, queue
 from slurm.lead import Incident, Lead
+from slurm.preflight import CANNOT_RUN
 from slurm.rendezvous import expand_hostlist, job_id_of
 
 Cause = Literal[
     "timeout",
     "preempted",
+    "signalled",
     "requeued",
     "node_failure",
     "crash",
@@ -114,10 +116,13 @@ def decide(
         return Decision("end", "paused", last.detail)
     # Slurm warns up to a minute early.
     near_end = job is not None and job.time_left_s is not None and job.time_left_s <= warn_s + 90
-    if last is not None and last.kind == "stopped" and job is None:
-        return Decision("requeue", "unknown", f"{last.detail}; slurmctld does not answer, so nobody knows why")
     if last is not None and last.kind == "stopped":
-        return Decision("requeue", "timeout" if near_end else "preempted", last.detail)
+        if job is None:
+            return Decision("requeue", "unknown", f"{last.detail}; slurmctld does not answer, so nobody knows why")
+        # Slurm says so during a time of grace; a preemption without one is a requeue, whose next start asks the accounting.
+        return Decision(
+            "requeue", "timeout" if near_end else "preempted" if job.preempted else "signalled", last.detail
+        )
     if exit_code in _WARNED and near_end:
         return Decision("requeue", "timeout", "warned before the ranks were ready to save")
     if lost:  # srun is told before slurmctld has ended the job, and with --no-kill it does not end it
@@ -179,6 +184,10 @@ def rejections_so_far(events: Sequence[Event]) -> int:
     return refused
 
 
+class _NoCheck(Exception):
+    """The site's own check of the nodes cannot be run on any of them; the text says why."""
+
+
 class _Terminated(Exception):
     """Slurm has sent TERM: KillWait seconds are left."""
 
@@ -211,6 +220,10 @@ class _Supervisor:
                 step = self._prepare(why)
             except _Terminated:
                 return self._settle(128 + signal.SIGTERM, frozenset()) or 0
+            except _NoCheck as error:
+                at = step_on_disk(read_events(self.directory.events))
+                self._tell("failed", at, f"preflight: {error}", cause="preflight", job_id=self.job_id)
+                return 1
             if isinstance(step, int):
                 return step
             before = frozenset(e.attempt for e in read_events(self.directory.events) if e.kind == "started")
@@ -281,7 +294,7 @@ class _Supervisor:
 
     def _preflight(self, spec: specs.RunSpec, nodes: Sequence[str]) -> dict[str, list[str]]:
         """Checks these nodes, all at once: the unfit ones, and why. A node that says nothing is unfit only where others do,
-        and where Slurm's warning has not ended its check."""
+        and where Slurm's warning has not ended its check. Raises _NoCheck."""
         results = self.directory.root / "preflight" / f"{self.job_id}-{self.restarts}"
         results.mkdir(parents=True, exist_ok=True)
         wait_s = _PREFLIGHT_S + len(nodes) / 4
@@ -302,6 +315,9 @@ class _Supervisor:
         said = {n: json.loads(p.read_text()) for n in nodes if (p := results / f"{n}.json").exists()}
         shutil.rmtree(results, ignore_errors=True)
         unfit: dict[str, list[str]] = {n: why for n, why in said.items() if why}
+        unrun = [w for why in unfit.values() for w in why if CANNOT_RUN in w]
+        if unrun and len(unrun) == len(said):
+            raise _NoCheck(unrun[0].partition(": ")[2])  # a slip of the pen, and no node's fault
         waited = f" in {wait_s:g} s" if code == 124 else f" (srun: exit code {code})"
         silent = [f"no answer{waited} {error[-200:]}".rstrip()]
         missing = {n: silent for n in nodes if n not in said}

@@ -153,7 +153,8 @@ def launch_sweep(
     wait: bool = False,
     halving: int | None = None,
 ) -> int:
-    """Runs what is missing or failed of the sweep that `overrides` describe. 0 when none of it failed, else 1.
+    """Runs what is missing or failed of the sweep that `overrides` describe. 0 when none of it failed, or a point was stopped
+    and saved; else 1.
 
     On Slurm it comes back when all is queued, or with `wait` when all has ended. With `hydra/sweeper=optuna` the points are
     Optuna's choice, and it waits for each batch.
@@ -161,6 +162,16 @@ def launch_sweep(
     `halving`: successive halving (arXiv 1502.07943) from that step on: every point trains so far, the better half goes on to
     twice as many steps, and so on.
     """
+    try:
+        return _launch_sweep(overrides, config_dir, limit_parallel, wait, halving)
+    except _Stopped as stopped:  # by Ctrl-C, which the point has heard itself
+        print(f"{stopped}. To go on, run the same command again.")
+        return 0 if stopped.saved else 1
+
+
+def _launch_sweep(
+    overrides: Sequence[str], config_dir: Path | None, limit_parallel: int | None, wait: bool, halving: int | None
+) -> int:
     of_hydra = [o for o in overrides if o.startswith(("hydra.", "hydra/"))]
     search = search_of({key: value for key, _, value in (o.partition("=") for o in of_hydra)})
     ours = [o for o in overrides if o not in of_hydra]
@@ -186,7 +197,7 @@ def launch_sweep(
     with _alone(root):
         points = _entered(root, points)
         for point, spec in zip(points, resolved, strict=True):
-            spec.name, spec.run_root = point.directory, str(root)
+            _place(spec, point, root)
         todo = [(p, s) for p, s in zip(points, resolved, strict=True) if not _finished(s)]
         shown = launching._short(root)
         print(f"sweep {shown}: {len(points)} points, {len(points) - len(todo)} finished, {len(todo)} to run")
@@ -204,7 +215,6 @@ def launch_sweep(
                 f"see them with `arriero sweep report {shown}`"
             )
             return 0 if ok else 1
-    return 1
 
 
 def _launch_search(
@@ -233,7 +243,7 @@ def _launch_search(
             if isinstance(spec, str):
                 print(f"{point.directory} cannot run: {spec}", flush=True)
                 continue
-            spec.name, spec.run_root = point.directory, str(root)
+            _place(spec, point, root)
             if _finished(spec):
                 print(f"{point.directory} is finished already: its loss is taken", flush=True)
             else:
@@ -254,7 +264,13 @@ def _launch_search(
         ok = optimise(root, search, fixed, content, swept, run)
         print(f"see them with `arriero sweep report {shown}`")
         return 0 if ok else 1
-    return 1
+
+
+def _place(spec: RunSpec, point: Point, root: Path) -> None:
+    """A point's own directory, and its own place of checkpoints."""
+    spec.name, spec.run_root = point.directory, str(root)
+    if spec.checkpoint.url:
+        spec.checkpoint.url = f"{spec.checkpoint.url.rstrip('/')}/{root.name}/{point.directory}"
 
 
 def _root(spec: RunSpec, name: str) -> Path:
@@ -286,12 +302,13 @@ def _refuse_unwaited(what: str, spec: RunSpec, wait: bool) -> None:
 
 @contextlib.contextmanager
 def _stoppable(spec: RunSpec) -> Iterator[None]:
-    """Ctrl-C, or a point that was stopped, ends the command; the same one goes on."""
+    """Says what Ctrl-C between two points, or while Slurm's are waited for, leaves."""
     try:
         yield
-    except (KeyboardInterrupt, _Stopped) as stopped:
+    except KeyboardInterrupt:
         queued = " What is queued or runs goes on by itself." if spec.cluster.kind == "slurm" else ""
-        print(f"{str(stopped) or 'stopped'}.{queued} To go on, run the same command again.")
+        print(f"stopped.{queued} To go on, run the same command again.")
+        raise
 
 
 def _train(
@@ -418,7 +435,9 @@ def _tell(spec: RunSpec, kind: str, step: int, detail: str) -> None:
 
 
 class _Stopped(Exception):
-    pass
+    def __init__(self, words: str, saved: bool) -> None:
+        super().__init__(words)
+        self.saved = saved
 
 
 def _composed(points: Sequence[Point], config_dir: Path | None) -> list[RunSpec]:
@@ -460,7 +479,7 @@ def _run(head: str, point: Point, spec: RunSpec, pause_step: int | None = None) 
         with (run_dir.logs / "launch.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             launching.launch(spec, point.overrides)
     except StoppedUnsaved as error:
-        raise _Stopped(f"stopped in {point.directory}: {error}") from None
+        raise _Stopped(f"stopped in {point.directory}: {error}", saved=False) from None
     except (UserError, Failure) as error:
         failure = str(error)
     except Exception as error:
@@ -475,7 +494,7 @@ def _run(head: str, point: Point, spec: RunSpec, pause_step: int | None = None) 
     if not _finished(spec):
         if pause_step and _steps_done(spec) >= pause_step:
             return True
-        raise _Stopped(f"stopped in {point.directory}, saved")
+        raise _Stopped(f"stopped in {point.directory}, saved", saved=True)
     loss = _last_loss(spec)
     print(f"  finished in {took}" + (f", loss {loss:.4f}" if loss is not None else ""), flush=True)
     return True

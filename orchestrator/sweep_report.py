@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,28 @@ from orchestrator.energy.report import account
 from orchestrator.errors import UserError
 from orchestrator.launch import last_record
 from orchestrator.record import Event, read_events
-from orchestrator.registry import steps_of
+from orchestrator.registry import RunRow, rows_of
 from orchestrator.run_dir import RunDir
 from orchestrator.sweep import Journal, Point
 from orchestrator.sweep_slurm import live_points
 
 CURVE_POINTS = 150
-_UNKNOWN = "UNKNOWN"  # Slurm does not answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport:
     root: Path
     axes: list[str]  # overrides that differ between points
-    points: list[SweepPoint]  # of each corpus best first; those without a held-out loss last
+    points: list[SweepPoint]  # of each corpus the finished by held-out loss, then the others by steps and loss
     steps_saved_share: float  # of all steps, those that points dropped by halving did not train
     total: CarbonStatement | None  # of all points: each physical device counts once
 
     def as_json(self) -> dict[str, Any]:
-        names = (
-            "name state corpus values held_out_loss parameters tokens steps_s energy_kwh energy_site_kwh co2e_kg detail".split()  # noqa: SIM905
-        )
+        names = "name state corpus values step loss held_out_loss parameters tokens steps_s energy_kwh energy_site_kwh co2e_kg"
         return {
             "sweep": str(self.root),
             "axes": self.axes,
-            "points": [{n: getattr(p, n) for n in names} for p in self.points],
+            "points": [{n: getattr(p, n) for n in [*names.split(), "detail"]} for p in self.points],
             "steps_saved_share": self.steps_saved_share,
             "energy_site_kwh": _central(self.total, "site_energy_kwh"),
             "co2e_kg": _central(self.total, "co2e_kg"),
@@ -59,54 +56,40 @@ def _central(statement: CarbonStatement | None, name: str) -> float | None:
 def status(root: Path) -> list[dict[str, Any]]:
     """One row a point, in the journal's order."""
     points = Journal.read(root).points
-    live = _live(root, points)
-    return [_status(root, point, live) for point in points]
+    runs = _runs(root, points)
+    return [_status(root, point, runs[point.directory]) for point in points]
 
 
-def _live(root: Path, points: Sequence[Point]) -> dict[str, str]:
-    """Slurm's word for each point; that nobody knows, for all, where it does not answer."""
-    found = live_points(root)
-    return {p.directory: _UNKNOWN for p in points} if found is None else found
+def _runs(root: Path, points: Sequence[Point]) -> dict[str, RunRow]:
+    """Each point as `arriero status` tells it; waiting, where it has not begun, and nobody knows where Slurm does not answer."""
+    answers = live_points(root) is not None  # first: it notes the job of each point where a kill has left that undone
+    found = rows_of([RunDir(root / p.directory) for p in points])
+    if not answers:
+        known = ("finished", "running", "failed", "dropped")
+        found = [r if r.state in known else replace(r, state="unknown", why="squeue does not answer") for r in found]
+    found = [replace(r, state="waiting") if r.state == "new" else r for r in found]
+    return {p.directory: r for p, r in zip(points, found, strict=True)}
 
 
-def _status(root: Path, point: Point, live: dict[str, str]) -> dict[str, Any]:
+def _status(root: Path, point: Point, run: RunRow) -> dict[str, Any]:
     run_dir = RunDir(root / point.directory)
-    events = read_events(run_dir.events)
     newest = last_record(run_dir)
-    steps = steps_of(run_dir) if run_dir.spec.exists() else None
-    state, detail = _state(run_dir, events, live.get(point.directory))
     return {
         "point": point.directory,
-        "state": state,
+        "state": run.state,
         "step": newest.step if newest else 0,
-        "steps": steps,
+        "steps": run.steps,
         "loss": newest.loss if newest else None,
-        "held_out_loss": _held_out(events),
-        "attempts": len({e.attempt for e in events if e.attempt is not None}),
-        "detail": detail,
+        "held_out_loss": _held_out(read_events(run_dir.events)),
+        "attempts": run.attempts,
+        "detail": _detail(run),
     }
 
 
-def _state(run_dir: RunDir, events: list[Event], slurms_word: str | None) -> tuple[str, str]:
-    """What it is, and why where it failed or was dropped.
-
-    finished, running, queued (on Slurm), failed, dropped (by halving), stopped (saved, to go on), interrupted (without a word)
-    or waiting; unknown where Slurm does not answer.
-    """
-    if any(e.kind == "finished" for e in events):
-        return "finished", ""
-    if run_dir.is_at_work() or slurms_word == "RUNNING":
-        return "running", ""
-    if slurms_word and slurms_word != _UNKNOWN:
-        return "queued", ""
-    last = events[-1] if events else None
-    if last and last.kind in ("failed", "dropped"):
-        return last.kind, last.detail.splitlines()[0]
-    if slurms_word == _UNKNOWN:
-        return "unknown", "squeue does not answer"
-    if last is None:
-        return "waiting", ""
-    return ("stopped" if last.kind == "stopped" else "interrupted"), ""
+def _detail(run: RunRow) -> str:
+    """Why, in a line, where it does not go on by itself."""
+    told = ("failed", "dropped", "cancelled", "interrupted", "unknown")
+    return run.why.partition("\n")[0] if run.state in told else ""
 
 
 def _held_out(events: list[Event]) -> float | None:
@@ -144,11 +127,11 @@ def report(root: Path, overrides: Sequence[str] = ()) -> SweepReport:
         raise UserError(f"no point of {root} has begun: nothing to report")
     statements = account([accounted(run, overrides) for run in begun], ask_slurm=False)
     by_run = dict(zip(begun, statements, strict=False))
-    live = _live(root, points)
-    found = [_point(root, p, {a: values[p.directory].get(a, "") for a in axes}, by_run, live) for p in points]
-    found.sort(key=lambda p: p.held_out_loss if p.held_out_loss is not None and p.state == "finished" else math.inf)
+    runs = _runs(root, points)
+    found = [_point(root, p, {a: values[p.directory].get(a, "") for a in axes}, by_run, runs) for p in points]
+    found.sort(key=_place)
     found = [p for same in equals(found).values() for p in same]
-    rows = [_status(root, p, live) for p in points]
+    rows = [_status(root, p, runs[p.directory]) for p in points]
     planned = sum(r["steps"] or 0 for r in rows)
     saved = sum(r["steps"] - r["step"] for r in rows if r["state"] == "dropped")
     return SweepReport(
@@ -160,23 +143,33 @@ def report(root: Path, overrides: Sequence[str] = ()) -> SweepReport:
     )
 
 
+def _place(point: SweepPoint) -> tuple[float, ...]:
+    """Losses at different steps do not compare: only among points that came as far does the loss decide."""
+    if point.state == "finished" and point.held_out_loss is not None:
+        return 0, point.held_out_loss
+    return 1, -point.step, math.inf if point.loss is None else point.loss
+
+
 def _point(
-    root: Path, point: Point, values: dict[str, str], by_run: dict[Path, CarbonStatement], live: dict[str, str]
+    root: Path, point: Point, values: dict[str, str], by_run: dict[Path, CarbonStatement], runs: dict[str, RunRow]
 ) -> SweepPoint:
     run_dir = RunDir(root / point.directory)
     events = read_events(run_dir.events)
-    state, detail = _state(run_dir, events, live.get(point.directory))
     spec = specs.load(run_dir.spec) if run_dir.spec.exists() else None
     columns = read_columns(run_dir.records)
     kept = columns.where(columns.kept())
-    tokens, loss = kept["tokens"], kept["loss"]
+    step, tokens, loss = kept["step"], kept["tokens"], kept["loss"]
+    last = int(step[-1]) if len(step) else 0
+    newest = float(loss[step > 0.9 * last].mean()) if last else math.nan
     parts = [p for p in np.array_split(np.arange(len(loss)), min(CURVE_POINTS, max(1, len(loss)))) if len(p)]
     curve = [(float(tokens[p].mean()), float(loss[p].mean())) for p in parts]
     statement = by_run.get(run_dir.root)
     return SweepPoint(
         name=point.directory,
-        state=state,
+        state=runs[point.directory].state,
         values=values,
+        step=last,
+        loss=newest if math.isfinite(newest) else None,
         held_out_loss=_held_out(events),
         parameters=parameter_count(spec.model) if spec else None,
         tokens=int(tokens[-1]) if len(tokens) else 0,
@@ -185,7 +178,7 @@ def _point(
         energy_site_kwh=_central(statement, "site_energy_kwh"),
         co2e_kg=_central(statement, "co2e_kg"),
         curve=[(t, y) for t, y in curve if math.isfinite(y) and t > 0],
-        detail=detail,
+        detail=_detail(runs[point.directory]),
         corpus=corpus(spec) if spec else "",
     )
 
@@ -200,7 +193,7 @@ def corpus(spec: specs.RunSpec) -> str:
 
 
 def markdown(found: SweepReport) -> str:
-    heads = [*found.axes, "state", "held-out loss", "tokens", "Wh (site)", "g CO2e"]
+    heads = [*found.axes, "state", "step", "loss", "held-out loss", "tokens", "Wh (site)", "g CO2e"]
     groups = equals(found.points)
     lines = [APART] if len(groups) > 1 else []
     for name, same in groups.items():
@@ -210,6 +203,8 @@ def markdown(found: SweepReport) -> str:
             cells = [
                 *(p.values[a] for a in found.axes),
                 p.state,
+                f"{p.step:,}",
+                f"{p.loss:.4f}" if p.loss is not None else "",
                 f"{p.held_out_loss:.4f}" if p.held_out_loss is not None else "",
                 f"{p.tokens:,}",
                 _thousandths(p.energy_site_kwh),

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from model.data.prepare import PreparedData
 from model.layout import Layout
 from orchestrator import launch as launching
 from orchestrator.console import plain_console
@@ -79,15 +80,14 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
     print(f"{len(todo) - len(fresh)} queued or running already (or stopped for a person), {len(fresh)} to submit")
     if fresh and (cpus := launching.on_cpus(fresh[0][1])):
         print(cpus)
-    prepared: dict[str, Path] = {}
+    prepared: dict[str, PreparedData] = {}
     for _, spec in fresh:  # before any name is taken
-        if (key := str(spec.data)) not in prepared:
-            prepared[key] = launching._prepare(console, spec).root.resolve()
+        if (key := _tokens(spec)) not in prepared:
+            prepared[key] = launching.prepared_for(console, spec, RunDir(spec.run_dir))
     for point, spec in fresh:
-        run_dir = RunDir(spec.run_dir)
-        launching.write_run_dir(spec, run_dir, point.overrides)
+        run_dir, key = RunDir(spec.run_dir), _tokens(spec)
+        launching.write_run_dir(spec, run_dir, point.overrides, prepared[key])
         launching.write_plan(run_dir, expected[spec.name])
-        run_dir.data.write_text(f"{prepared[str(spec.data)]}\n")
         run_dir.cancelled.unlink(missing_ok=True)
         if any(e.kind == "failed" for e in read_events(run_dir.events)[-1:]):  # crashes are counted anew
             with JsonlWriter(run_dir.events / "launcher.jsonl") as events:
@@ -106,6 +106,12 @@ def submit_points(root: Path, todo: Sequence[tuple[_Point, RunSpec]], limit_para
         print(f"job array {job_id}: {len(part)} points on {part[0].cluster.name}{at_once}")
         if start is not None:
             print(start.describe_share())
+
+
+def _tokens(spec: RunSpec) -> str:
+    """What tells a point's tokens from others': those that it has begun with, else its texts."""
+    begun_with = RunDir(spec.run_dir).data
+    return begun_with.read_text() if begun_with.exists() else str(spec.data)
 
 
 def _submitted_alone(journal: Path) -> bool:

@@ -168,7 +168,11 @@ def _train(
 ) -> str:
     prepared = PreparedData.load(directory.data.read_text().strip())
     loader = spec.loader(prepared)
-    store = CheckpointStore(spec.checkpoint.url or str(directory.checkpoints), spec.checkpoint, on_event=recorder.event)
+    run_id = (
+        directory.run_id.read_text().strip() if directory.run_id.exists() else None
+    )  # a run of before there were any
+    place_of = spec.checkpoint.url or str(directory.checkpoints)
+    store = CheckpointStore(place_of, spec.checkpoint, on_event=recorder.event, run_id=run_id)
     recorder.is_overtaken = store.is_overtaken
     rank_flops = flops_per_token(spec.model) * spec.batch_tokens * spec.steps / spec.layout.gpus
     choices = choose(ranks.device, spec.compile, rank_flops, spec.layout)
@@ -206,6 +210,12 @@ def _train(
         nodes=here.world_size // here.local_size,
         gpus=here.world_size,
     )
+    told_saved = max((e.step for e in past if e.kind == "saved"), default=0)
+    if told_saved and not store.has_committed():
+        raise CheckpointError(
+            f"this run has saved step {told_saved:,}, and {place_of} holds no checkpoint: put them back, or say where they are "
+            "(checkpoint.url); to start from the first step, launch under another name"
+        )
     watch = SpikeWatch(
         spec.spikes,
         past,
@@ -254,7 +264,7 @@ def _train(
             if saved
             else f"NOT saved at step {trainer.step} of {spec.steps}, the newest checkpoint is {newest} (see save_failed)"
         )
-        recorder.event("stopped", trainer.step, said, paused=why == PAUSE, saved_step=store.saved_step)
+        recorder.event("stopped", trainer.step, said, paused=why == PAUSE, saved_step=store.saved_step, why=why)
         return "stopped"
     if not saved:
         raise CheckpointError(

@@ -22,6 +22,7 @@ CLOCK_S = 5.0  # from the clock of the file system that all nodes share
 GPU_USED_SHARE = 0.05  # of its memory before the job has begun: somebody else's, or a dead process's
 PEER_S = 10.0
 COMMAND_S = 120.0  # less than what all checks together have
+CANNOT_RUN = "cluster.preflight_command cannot be run"  # bash's exit codes 126 and 127
 
 
 def gpus(asked: dict[str, Any]) -> str | None:
@@ -103,7 +104,8 @@ def command(asked: dict[str, Any]) -> str | None:
     except subprocess.TimeoutExpired:
         return f"cluster.preflight_command has not ended after {COMMAND_S:g} s"
     said = (done.stderr or done.stdout).strip()[-200:]
-    return f"cluster.preflight_command: exit code {done.returncode} {said}".rstrip() if done.returncode else None
+    what = CANNOT_RUN if done.returncode in (126, 127) else "cluster.preflight_command"
+    return f"{what}: exit code {done.returncode} {said}".rstrip() if done.returncode else None
 
 
 CHECKS: tuple[Callable[[dict[str, Any]], str | None], ...] = (gpus, disk, clock, peers, command)

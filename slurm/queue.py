@@ -3,9 +3,11 @@
 import re
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from slurm.rendezvous import expand_hostlist
 
@@ -27,6 +29,7 @@ class JobState:
     nodes: int = 0
     node_list: str = ""
     comment: str = ""
+    name: str = ""  # of those that the accounting tells
 
     @property
     def live(self) -> bool:
@@ -81,6 +84,13 @@ def is_of(job: JobState, job_id: str | None, token: str) -> bool:
     return job.job_id == job_id  # the site has put its own words into the comment
 
 
+def written_for(journal: Path, entry: Mapping[str, Any]) -> Path | None:
+    """The run directory that a journal's entry is of, where it is not the one that the journal lies in: that is a copy, or was
+    moved. None also where the entry does not say, as older ones."""
+    other = Path(entry.get("run_dir") or journal.parent)
+    return None if other.resolve() == journal.parent.resolve() else other
+
+
 def max_array_size() -> int:
     """Tasks that one array may have; Slurm's default where it does not answer."""
     return int(_configured("MaxArraySize") or 1001)
@@ -111,20 +121,21 @@ def accounted(job_ids: Sequence[str]) -> dict[str, JobState] | None:
     """The last state of each job in the accounting; None where there is none, or it does not answer."""
     if not job_ids:
         return {}
-    code, out, _ = call(
-        "sacct", "-X", "--noheader", "--parsable2", f"--jobs={','.join(job_ids)}", "--format=JobID,State,Elapsed,NNodes"
-    )
+    words = ("--noheader", "--parsable2", "--format=JobID,State,Elapsed,NNodes,JobName,Comment")
+    code, out, _ = call("sacct", "-X", f"--jobs={','.join(job_ids)}", *words)
     if code:
         return None
     jobs = {}
     for line in out.splitlines():
-        fields = line.split("|")
-        if len(fields) == 4:
+        fields = line.split("|", 5)
+        if len(fields) == 6:
             jobs[fields[0]] = JobState(
                 job_id=fields[0],
                 state=fields[1].split()[0],  # "CANCELLED by 1000"
                 elapsed=fields[2],
                 nodes=int(fields[3]) if fields[3].isdigit() else 0,
+                name=fields[4],
+                comment=fields[5],  # empty where the site does not keep it (AccountingStoreFlags)
             )
     return jobs
 
@@ -192,6 +203,7 @@ class JobDetails:
     reason: str = ""
     restarts: int | None = None  # one more as soon as Slurm has decided on a requeue
     nodes: tuple[str, ...] = ()  # without those that a job with --no-kill has lost
+    preempted: bool = False  # and now in its time of grace
 
 
 def details(job_id: str) -> JobDetails | None:
@@ -209,6 +221,7 @@ def parse_details(text: str) -> JobDetails:
         reason="" if (reason := values.get("Reason", "")) == "None" else reason,
         restarts=int(restarts) if (restarts := values.get("Restarts", "")).isdigit() else None,
         nodes=tuple(expand_hostlist(listed)) if (listed := values.get("NodeList", "")) not in ("", "(null)") else (),
+        preempted=values.get("PreemptTime", "None") != "None",
     )
 
 

@@ -23,6 +23,7 @@ OURS = {  # options of sbatch that a user's must not replace
     "wait": "for a launch does not wait",
     "test-only": "for `arriero launch --dry-run` is there",
 }
+_WORDS = ("nodelist", "partition", "account", "qos", "reservation", "constraint", "exclude", "wckey", "gres")
 
 
 @dataclass(kw_only=True)
@@ -56,7 +57,9 @@ class ClusterConfig:
     wckey: str | None = None
     gres: str | None = "gpu:{gpus_per_node}"  # null where the site uses --gpus-per-node or nothing
     setup: list[str] = field(default_factory=list)  # lines before srun: modules, containers
-    sbatch: dict[str, str] = field(default_factory=dict)  # further sbatch parameters, name: value
+    sbatch: dict[str, str] = field(
+        default_factory=dict
+    )  # further sbatch parameters, name: value; true: a flag without one
 
     @property
     def gpus(self) -> int:
@@ -67,6 +70,10 @@ class ClusterConfig:
         """Whether a lost node leaves the allocation standing."""
         return self.spare_nodes > 0 or self.min_nodes is not None
 
+    def gpus_asked(self) -> str | None:
+        """`gres` with this cluster's number in it."""
+        return self.gres and self.gres.format(gpus_per_node=self.gpus_per_node)
+
     def problems(self) -> list[str]:
         found = []
         if self.kind not in KINDS:
@@ -74,7 +81,7 @@ class ClusterConfig:
         for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "time_limit_min"):
             if getattr(self, name) < 1:
                 found.append(f"cluster.{name}={getattr(self, name)} must be at least 1")
-        if self.kind == "slurm" and not 10 <= self.warn_s < 60 * self.time_limit_min:
+        if self.kind == "slurm" and self.time_limit_min >= 1 and not 10 <= self.warn_s < 60 * self.time_limit_min:
             found.append(
                 f"cluster.warn_s={self.warn_s} must be at least 10 and less than cluster.time_limit_min={self.time_limit_min} "
                 f"({60 * self.time_limit_min} s): a save must fit between the warning and the end"
@@ -89,11 +96,29 @@ class ClusterConfig:
             found.append(f"cluster.straggler_ratio={self.straggler_ratio} must be more than 1")
         if self.spare_nodes < 0:
             found.append(f"cluster.spare_nodes={self.spare_nodes} must be 0 (none) or more")
-        if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:
+        if self.min_nodes is not None and self.nodes >= 1 and not 1 <= self.min_nodes <= self.nodes:
             found.append(f"cluster.min_nodes={self.min_nodes} must be from 1 to cluster.nodes={self.nodes}, or null")
         if self.kind == "local" and self.is_elastic:
             found.append(
                 "cluster.spare_nodes and cluster.min_nodes are of Slurm's jobs: choose cluster.kind=slurm, or leave them out"
+            )
+        if self.memory_gb_per_node is not None and self.memory_gb_per_node < 1:
+            found.append(
+                f"cluster.memory_gb_per_node={self.memory_gb_per_node} must be at least 1, or null (all of it)"
+            )
+        for name in _WORDS:
+            if (word := getattr(self, name)) is not None and not word.strip():
+                found.append(f"cluster.{name} is empty: give it a value, or null for none")
+        try:
+            self.gpus_asked()
+        except (LookupError, ValueError, AttributeError):
+            found.append(
+                f"cluster.gres={self.gres}: in braces stands {{gpus_per_node}} and nothing else, as in gpu:{{gpus_per_node}}"
+            )
+        if self.preflight_command in ("True", "False"):  # what Hydra makes of true and false
+            found.append(
+                f"cluster.preflight_command={self.preflight_command} is no line of bash: null for none; the program of that "
+                "name in quotes of its own, \"cluster.preflight_command='true'\""
             )
         for name in ("setup", "sbatch"):
             values = self.setup if name == "setup" else [f"{k}={v}" for k, v in self.sbatch.items()]
@@ -103,7 +128,7 @@ class ClusterConfig:
                 found.append(f"cluster.sbatch.{option}: sbatch's long option, without dashes in front")
             elif why := OURS.get(option.replace("_", "-")):
                 found.append(f"cluster.sbatch.{option} is set by arriero itself, {why}: leave it out")
-        if self.kind == "local" and self.nodes != 1:
+        if self.kind == "local" and self.nodes > 1:
             found.append(f"cluster.nodes={self.nodes} but cluster.kind=local is this one machine: set cluster.nodes=1")
         return found
 
@@ -135,3 +160,7 @@ class ArrayRequest:
 
 class CannotSubmit(Exception):
     """Slurm refused, or does not answer; the text says which, and what to do."""
+
+
+class Refused(CannotSubmit):
+    """There is no job: sbatch refused it, or is not here."""

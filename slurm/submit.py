@@ -22,7 +22,7 @@ import submitit
 from submitit.slurm.slurm import _make_sbatch_string
 
 from slurm import queue
-from slurm.request import CannotSubmit, JobRequest
+from slurm.request import CannotSubmit, JobRequest, Refused
 
 SUPERVISE = "orchestrator.supervise"  # leads the ranks of a Slurm job
 _NO_LIMIT_MIN = 60 * 24 * 365  # submitit's goes by the wall clock and kills: the lead keeps the time itself
@@ -135,6 +135,9 @@ def _find(journal: Path) -> str | None:
     if not journal.exists():
         return None
     entry = json.loads(journal.read_text())
+    other = queue.written_for(journal, entry)
+    if other and (other / journal.name).exists():
+        return None  # a copy: that job trains into `other`
     here = queue.cluster_name() if entry.get("cluster") else None
     if here and here != entry["cluster"]:
         raise CannotSubmit(
@@ -148,6 +151,11 @@ def _find(journal: Path) -> str | None:
         )
     for job in jobs.values():
         if job.live and queue.is_of(job, entry["job_id"], entry["token"]):
+            if other:
+                raise CannotSubmit(
+                    f"job {job.job_id}, in the queue or running, was submitted for {other}, which is not there: where that was "
+                    f"moved to {journal.parent}, end the job with `scancel {job.job_id}` first"
+                )
             return job.job_id
     # An empty list is no proof: the job may be another user's, launched into the same run directory.
     if entry["job_id"] and entry["job_id"] not in jobs and queue.is_known(entry["job_id"]) is not False:
@@ -159,9 +167,11 @@ def _find(journal: Path) -> str | None:
 
 
 def _write_journal(path: Path, token: str, job_id: str | None, cluster: str | None) -> None:
-    temporary = path.with_name(f".{path.name}")
+    temporary, run_dir = path.with_name(f".{path.name}"), str(path.parent.resolve())
     with temporary.open("w") as file:
-        json.dump({"token": token, "job_id": job_id, "time_s": time.time(), "cluster": cluster}, file)
+        json.dump(
+            {"token": token, "job_id": job_id, "time_s": time.time(), "cluster": cluster, "run_dir": run_dir}, file
+        )
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -199,7 +209,7 @@ def only_one(lock: Path) -> Iterator[int | None]:
 
 def _sbatch(request: JobRequest, lock: int | None) -> str:
     if not shutil.which("sbatch"):
-        raise CannotSubmit(
+        raise Refused(
             f"cluster={request.cluster.name} is Slurm's, and this machine has no sbatch: launch from a login node, or start a "
             "virtual cluster with `arriero cluster up`"
         )
@@ -217,7 +227,7 @@ def _sbatch(request: JobRequest, lock: int | None) -> str:
     )
     if done.returncode:
         script.unlink()
-        raise CannotSubmit(f"sbatch refused the job: {(done.stderr or done.stdout).strip()}")
+        raise Refused(f"sbatch refused the job: {(done.stderr or done.stdout).strip()}")
     try:
         job_id = str(executor._get_job_id_from_submission_command(done.stdout))
     except submitit.core.utils.FailedSubmissionError:
@@ -289,8 +299,18 @@ def _task_of_array(request: JobRequest) -> list[str]:
     ]
 
 
+def _flags(options: dict[str, str]) -> dict[str, str | bool]:
+    """Further options, where `true` is a flag without a value and `false` one that is not there."""
+    return {k: v.lower() == "true" or v for k, v in options.items() if v.lower() != "false"}
+
+
 def _slurm_executor(request: JobRequest) -> Any:
-    """submitit's executor with all that the cluster's YAML says."""
+    """submitit's executor with all that the cluster's YAML says. Raises Refused."""
+    if "%" in request.run_dir:
+        raise Refused(
+            f"{request.run_dir}: Slurm reads % in the path of a log as the beginning of a job's number or name: choose another "
+            "name=... or run_root=..."
+        )
     cluster = request.cluster
     folder = Path(request.run_dir) / "logs"
     executor = _Executor(folder)
@@ -311,7 +331,7 @@ def _slurm_executor(request: JobRequest) -> Any:
         nodes=cluster.nodes + cluster.spare_nodes,
         ntasks_per_node=cluster.gpus_per_node,
         cpus_per_task=cluster.cpus_per_gpu,
-        gres=cluster.gres.format(gpus_per_node=cluster.gpus_per_node) if cluster.gres else None,
+        gres=cluster.gpus_asked(),
         mem=f"{cluster.memory_gb_per_node}G" if cluster.memory_gb_per_node else "0",
         time=cluster.time_limit_min,
         signal_delay_s=cluster.warn_s,
@@ -327,6 +347,6 @@ def _slurm_executor(request: JobRequest) -> Any:
         setup=setup,
         use_srun=False,  # the supervisor starts it
         stderr_to_stdout=True,
-        additional_parameters={**sbatch, **cluster.sbatch},
+        additional_parameters={**sbatch, **_flags(cluster.sbatch)},
     )
     return executor

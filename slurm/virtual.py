@@ -6,9 +6,11 @@ real. Stopping touches only processes that this cluster started: a pid counts on
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -93,6 +95,7 @@ class VirtualCluster:
         """
         directory = (directory or default_directory(name)).resolve()
         _check(directory, name, nodes, gpus_per_node, accounting)
+        cls._refuse_taken(directory, name)  # before its lock leaves a file beside what is not ours
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _claimed(directory, name):
             return cls._up(
@@ -107,7 +110,7 @@ class VirtualCluster:
             )
 
     @classmethod
-    def _up(cls, *, directory: Path, name: str, nodes: int, **more: Any) -> Self:
+    def _refuse_taken(cls, directory: Path, name: str) -> None:
         if (directory / _STATE).exists():
             if cls.load(directory).running():
                 by_name = directory == default_directory(name).resolve()
@@ -116,9 +119,14 @@ class VirtualCluster:
                     f"a cluster is up in {directory} already: use it, stop it with `arriero cluster down {option} {value}`, "
                     f"or choose another {option}"
                 )
-            shutil.rmtree(directory)
-        elif directory.exists() and any(directory.iterdir()):
+        elif directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
             raise ClusterError(f"{directory} holds something else: choose an empty --directory")
+
+    @classmethod
+    def _up(cls, *, directory: Path, name: str, nodes: int, **more: Any) -> Self:
+        cls._refuse_taken(directory, name)
+        if (directory / _STATE).exists():
+            shutil.rmtree(directory)
         started = time.monotonic()
         with _choosing_ports():
             cluster = cls(directory=directory, name=name, nodes=nodes, first_port=_free_ports(nodes + 3), **more)
@@ -154,6 +162,13 @@ class VirtualCluster:
     def env(self) -> dict[str, str]:
         """What chooses this cluster, for any Slurm command and for the ranks: nodes' names are known to Slurm alone."""
         return {"SLURM_CONF": str(self.conf), "ARRIERO_MASTER_ADDR": "127.0.0.1"}
+
+    @property
+    def slurm_name(self) -> str:
+        """ClusterName. By it a run's journal tells clusters apart, and many of a --directory have the default name."""
+        if self.directory == default_directory(self.name).resolve():
+            return self.name
+        return f"{self.name}-{hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]}"
 
     @property
     def conf(self) -> Path:
@@ -302,12 +317,13 @@ class VirtualCluster:
             ["AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageHost=127.0.0.1",
              f"AccountingStoragePort={self.first_port + 1}", f"AccountingStoragePass={here}/munge/socket",
              f"JobAcctGatherType=jobacct_gather/{'none' if crowded else 'linux'}",
+             "AccountingStoreFlags=job_comment",  # numbers begin anew with a cluster: the comment says whose a job was
              "JobAcctGatherFrequency=30", "AccountingStorageTRES=gres/gpu" if self.gpus_per_node else ""]
             if self.accounting
             else ["AccountingStorageType=accounting_storage/none", "JobAcctGatherType=jobacct_gather/none"]
         )  # fmt: skip
         lines = [
-            f"ClusterName={self.name}",
+            f"ClusterName={self.slurm_name}",
             "SlurmctldHost=localhost(127.0.0.1)",
             f"SlurmctldPort={self.first_port}",
             f"SlurmUser={user}",
@@ -419,7 +435,7 @@ class VirtualCluster:
         )
         self._daemon("slurmdbd", "-D")
         _wait_for(
-            lambda: self.command("sacctmgr", "--immediate", "add", "cluster", self.name).returncode == 0,
+            lambda: self.command("sacctmgr", "--immediate", "add", "cluster", self.slurm_name).returncode == 0,
             READY_S,
             "slurmdbd does not answer",
             here / "log/slurmdbd.out",
@@ -519,6 +535,11 @@ def _check(directory: Path, name: str, nodes: int, gpus_per_node: int, accountin
         raise ClusterError(f"--nodes {nodes} --gpus-per-node {gpus_per_node}: from 1 to 999 nodes of 0 to 64 GPUs")
     if not name.replace("_", "").replace("-", "").isalnum() or name != name.lower():
         raise ClusterError(f"--name {name}: small letters, digits, - and _ only, as Slurm's cluster names")
+    if not re.fullmatch(r"[\w./+-]+", str(directory)):
+        raise ClusterError(
+            f"{str(directory)!r}: letters, digits and . _ + - only, for Slurm's configuration takes no other in a path: choose "
+            "another --directory"
+        )
     if len(str(directory / "munge" / "socket")) > 100:
         raise ClusterError(
             f"{directory} is too long for the sockets in it: choose a --directory of at most 80 characters"

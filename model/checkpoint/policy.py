@@ -13,6 +13,16 @@ FIRST_SAVE_STEPS = 10  # of every_steps=auto: soon it is known what a save costs
 WRITE_MARGIN = 1.2  # between two saves, of the time that one takes to be written
 SETTLED = 1.25  # an interval so many times longer or shorter than the best stays: it costs less than 3% more
 
+RUN = "run.txt"  # beside the checkpoints: the run_id of the run whose they are
+
+
+def of_another_run(root: str, owner: str, run_id: str) -> str:
+    """What is said where a run comes to the checkpoints of another."""
+    return (
+        f"{root} holds the checkpoints of another run, {owner}, and this one is {run_id}: give each a place of its own "
+        f"(checkpoint.url); if they are this run's, as after its directory was lost, delete {root}/{RUN}"
+    )
+
 
 @dataclass(kw_only=True)
 class CheckpointConfig:

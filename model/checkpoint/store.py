@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from model.checkpoint import policy, store_format
 from model.checkpoint.lease import Fenced, Lease, acquire, read_epochs
-from model.checkpoint.policy import CheckpointConfig, CheckpointInfo
+from model.checkpoint.policy import RUN, CheckpointConfig, CheckpointInfo, of_another_run
 from model.checkpoint.storage import BLOCK_BYTES, Storage, checksum
 
 FORMAT = 1
@@ -45,7 +45,8 @@ OnEvent = Callable[[str, int, str], None]
 
 
 class CheckpointError(RuntimeError):
-    """There are checkpoints and none can be loaded: a person must look. Starting over would throw them away."""
+    """There are checkpoints and none can be loaded, or they are another run's: a person must look. Starting over would throw them
+    away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class CheckpointStore:
     `on_event(kind, step, detail)` is called on rank 0, also from the writing thread. Kinds: saved, save_failed,
     save_skipped, save_refused, passed_over, loaded, removed, fenced.
     `writer` is a label for the lease (default: host, process, Slurm job). `read_only` takes no lease: for those who only load.
+    `run_id`: the place is that run's from its first start on, and no other's.
     """
 
     def __init__(
@@ -89,11 +91,13 @@ class CheckpointStore:
         writer: str | None = None,
         on_event: OnEvent = _print,
         read_only: bool = False,
+        run_id: str | None = None,
     ) -> None:
         self.config = config
         self.storage = Storage(url, config.retries, config.retry_wait_s)
         self.writer = writer
         self.read_only = read_only
+        self.run_id = run_id
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
@@ -145,12 +149,18 @@ class CheckpointStore:
         )
         return found
 
+    def has_committed(self) -> bool:
+        """Whether any checkpoint lies here, also one that was left behind: the same on all ranks."""
+        found: bool = self._from_rank_0(lambda: any(c.committed for c in self.steps()))
+        return found
+
     def load_latest(self, state: dict[str, Any], max_step: int | None = None) -> LoadedCheckpoint | None:
         """Fills `state` in place from the newest valid checkpoint (of step <= max_step) and becomes the one writer,
         whose history goes on from there: checkpoints of later steps are left behind.
 
         `state`: nested dicts and lists of tensors, DTensors and JSON values. None if there is nothing to load.
-        Raises CheckpointError if there are checkpoints and none is valid; Fenced if a newer writer exists.
+        Raises CheckpointError if there are checkpoints and none is valid, or the place is another run's; Fenced if a newer writer
+        exists.
         """
         self._join()  # whether a newer writer exists, rank 0 asks for all
         self._epoch, candidates = self._from_rank_0(lambda: self._candidates(max_step))
@@ -170,7 +180,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"none of the {len(passed_over)} checkpoints in {self.storage.root} can be loaded:\n  "
                 + "\n  ".join(passed_over)
-                + "\nMend one, or move them away to start from the first step."
+                + "\nMend one; to start from the first step, launch under another name."
             )
         if max_step is None:
             self._go_on_from(0)
@@ -179,6 +189,7 @@ class CheckpointStore:
 
     def _candidates(self, max_step: int | None) -> tuple[int, list[CheckpointInfo]]:
         if not self.read_only:
+            self._claim()
             self._take_epoch()
         lived = policy.history(self.steps(), read_epochs(self.storage))
         epoch = self._lease.epoch if self._lease else 0
@@ -361,6 +372,13 @@ class CheckpointStore:
         if changed:
             self._plan(planner)
         return True
+
+    def _claim(self) -> None:
+        """Before a lease is taken, which would fence the other run."""
+        if self.run_id is None or self.storage.create(RUN, self.run_id.encode()):
+            return
+        if (owner := self.storage.read(RUN).decode()) != self.run_id:
+            raise CheckpointError(of_another_run(self.storage.root, owner, self.run_id))
 
     def _take_epoch(self) -> int:
         with self._lease_lock:

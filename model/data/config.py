@@ -1,5 +1,6 @@
 """The data mix as Hydra reads it: named sources with proportions, a tokenizer, a cache. Pure: no torch."""
 
+import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -47,6 +48,13 @@ class DataConfig:
         if not self.sources:
             found.append("data.sources is empty: name at least one source")
         for name, source in self.sources.items():
+            if not re.fullmatch(r"[\w-][\w.-]*", name) or name in ("manifest.json", "tokenizer.json"):
+                found.append(
+                    f"data.sources.{name}: a source's name becomes a folder's: only letters, digits, _, -, and . inside; "
+                    "not manifest.json or tokenizer.json"
+                )
+            if not source.path:
+                found.append(f"data.sources.{name}.path is empty: name a file, a folder or a glob")
             if source.format not in FORMATS:
                 found.append(f"data.sources.{name}.format={source.format} is none of {', '.join(FORMATS)}")
             if source.proportion < 0:
@@ -57,6 +65,14 @@ class DataConfig:
             found.append(
                 f"data.sources proportions sum to {float(total):g}, not 1 ({terms}): "
                 f"change one by {float(1 - total):+g}"
+            )
+        if self.tokenizer.path == "":
+            found.append("data.tokenizer.path is empty: name a tokenizer.json, or null to train one")
+        if self.tokenizer.train_bytes < 1:
+            found.append(f"data.tokenizer.train_bytes={self.tokenizer.train_bytes} must be at least 1")
+        if not self.cache or "://" in self.cache:
+            found.append(
+                f"data.cache={self.cache} must be a folder of a file system: tokens are memory-mapped from there"
             )
         if not 0 <= self.held_out_share < 1:
             found.append(f"data.held_out_share={self.held_out_share} must be at least 0 and below 1")

@@ -1,13 +1,14 @@
 """Rows of tokens for a step: the mixture's answer, read from the prepared shards."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from model.data.config import DataConfig
 from model.data.mixture import Mixture, Skip, SourceSize, data_batch_index
-from model.data.prepare import PreparedData
+from model.data.prepare import PreparedData, anew
 
 
 class Loader:
@@ -28,6 +29,13 @@ class Loader:
         self.sources = list(config.sources)
         self.batch_sequences = batch_sequences
         self.skips = list(skips)
+        for name, proportion in self.proportions.items():
+            if proportion and not (source := prepared.sources[name]).train_tokens:
+                raise ValueError(
+                    f"data.sources.{name}: all of its documents ({source.documents:,}) are held out "
+                    f"(data.held_out_share={config.held_out_share:g}), and none is left to train on: add documents, or lower "
+                    "data.held_out_share (0 holds out none)"
+                )
         sizes = [SourceSize(n, prepared.sources[n].train_tokens, s.proportion) for n, s in config.sources.items()]
         self.mixture = Mixture(sizes, sequence_length, seed)
         self._train = [_Circle(prepared, n) for n in self.sources]
@@ -57,7 +65,7 @@ class Loader:
         path = self.prepared.root / source / "held_out.bin"
         tokens = np.memmap(path, dtype=self.prepared.dtype, mode="r")
         starts = np.arange(count) * self.mixture.sequence_length
-        return np.stack([tokens[s : s + length] for s in starts]).astype(np.int32)
+        return np.stack([_read(self.prepared, path, tokens[s : s + length]) for s in starts])
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source has been walked through after `steps` steps, skipped batches counted as walked past."""
@@ -69,8 +77,8 @@ class _Circle:
 
     def __init__(self, prepared: PreparedData, source: str) -> None:
         entry = prepared.sources[source]
+        self._prepared = prepared
         self._paths = [prepared.root / source / shard for shard in entry.shards]
-        self._dtype = prepared.dtype
         self._ends = np.cumsum(entry.shard_tokens)
         self._maps: dict[int, npt.NDArray[np.integer]] = {}
 
@@ -81,11 +89,20 @@ class _Circle:
             offset %= total
             shard = int(np.searchsorted(self._ends, offset, side="right"))
             if shard not in self._maps:
-                self._maps[shard] = np.memmap(self._paths[shard], dtype=self._dtype, mode="r")
+                self._maps[shard] = np.memmap(self._paths[shard], dtype=self._prepared.dtype, mode="r")
             tokens = self._maps[shard]
             start = offset - (int(self._ends[shard - 1]) if shard else 0)
             piece = tokens[start : start + length]
-            pieces.append(piece)
+            pieces.append(_read(self._prepared, self._paths[shard], piece))
             offset += len(piece)
             length -= len(piece)
-        return np.concatenate(pieces).astype(np.int32)
+        return np.concatenate(pieces)
+
+
+def _read(prepared: PreparedData, path: Path, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+    """Damage that no launch has seen (what is large is not verified there) would be an index outside the embedding, or worse."""
+    if (largest := int(tokens.max())) >= prepared.vocab_size:
+        raise ValueError(
+            f"{path} is damaged: it holds id {largest:,} of a vocabulary of {prepared.vocab_size:,}: {anew(prepared.root)}"
+        )
+    return tokens.astype(np.int32)

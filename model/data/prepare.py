@@ -7,34 +7,39 @@
     <source>/held_out.bin    documents kept from training
     <source>/counts.npy      how often each id stands in the training tokens
 
-A document is <s>, its tokens, </s>. It goes to the held-out part by a hash of its text, so that copies of one text never stand
-on both sides. The folder is built under a temporary name and renamed when whole: a killed preparation leaves nothing that counts,
-and of two at once one wins and both use its result.
+A document is <s>, its tokens, </s>, or what stands for these in a tokenizer of the user's. It goes to the held-out part by a hash
+of its text, so that copies of one text never stand on both sides. The folder is built under a temporary name and renamed when
+whole: a killed preparation leaves nothing that counts, and of two at once one wins and both use its result.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from model.data import embedded
 from model.data.config import DataConfig, SourceConfig
-from model.data.documents import find_files, read_file
+from model.data.documents import MEND_PATH, find_files, read_file
 from model.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder; part of the fingerprint
 SHARD_TOKENS = 100_000_000
+VERIFIED_BYTES = 4_000_000_000  # of tokens prepared earlier: a launch verifies them in seconds; of more, sizes alone
 _BATCH_DOCUMENTS = 256
+_SURROGATES = re.compile("[\ud800-\udfff]")  # halves of a character, which JSON can spell and UTF-8 cannot
 
 Progress = Callable[[str, int, int], None]  # what is done, documents so far, tokens so far
 
@@ -59,39 +64,46 @@ class PreparedData:
         self.root = root
         self.dtype = np.dtype(manifest["dtype"])
         self.vocab_size: int = manifest["vocab_size"]
+        self.bos_id: int = manifest.get("bos_id", 1)
+        self.eos_id: int = manifest.get("eos_id", 2)
         self.sources = {s["name"]: PreparedSource(**s) for s in manifest["sources"]}
+        digest = manifest.get("tokenizer_sha256")
+        self._sha256: dict[str, str] = {"tokenizer.json": digest} if digest else {}
+        for source in self.sources.values():
+            self._sha256 |= {f"{source.name}/{file}": digest for file, digest in source.sha256.items()}
 
     @classmethod
     def load(cls, root: str | Path) -> "PreparedData":
         """Raises ValueError where the folder is not whole: a file is missing, or has another size than was written."""
         root = Path(root)
         try:
-            prepared = cls(root, json.loads((root / "manifest.json").read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            text = (root / "manifest.json").read_bytes()
+        except OSError as error:
             raise ValueError(f"{root} holds no prepared data ({error}): launch again") from None
+        try:
+            prepared = cls(root, json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{root / 'manifest.json'} is damaged ({error}): {anew(root)}") from None
         for source in prepared.sources.values():
             sizes = [*zip(source.shards, source.shard_tokens, strict=True), ("held_out.bin", source.held_out_tokens)]
             for file, tokens in sizes:
-                path = root / source.name / file
-                bytes_there = path.stat().st_size if path.exists() else -1
-                if bytes_there != tokens * prepared.dtype.itemsize:
-                    raise ValueError(
-                        f"{path} has {bytes_there} bytes, not {tokens * prepared.dtype.itemsize}: delete {root} and "
-                        f"launch again"
-                    )
+                path, expected = root / source.name / file, tokens * prepared.dtype.itemsize
+                if not path.exists():
+                    raise ValueError(f"{path} is missing: {anew(root)}")
+                if (there := path.stat().st_size) != expected:
+                    raise ValueError(f"{path} has {there:,} bytes, not {expected:,}: {anew(root)}")
         return prepared
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(str(self.root / "tokenizer.json"))
+        path = self.root / "tokenizer.json"
+        try:
+            return Tokenizer(HuggingFaceTokenizer.from_file(str(path)), self.bos_id, self.eos_id)
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"{path} is damaged ({error}): {anew(self.root)}") from None
 
     def verify(self) -> list[str]:
-        """The files whose contents are not what was written (by SHA-256), by path."""
-        return [
-            str(self.root / source.name / file)
-            for source in self.sources.values()
-            for file, digest in source.sha256.items()
-            if hashlib.sha256((self.root / source.name / file).read_bytes()).hexdigest() != digest
-        ]
+        """The files whose contents are not what was written (by SHA-256), by path. Reads them all."""
+        return [str(self.root / f) for f, digest in self._sha256.items() if _sha256(self.root / f) != digest]
 
     def unigram_nats(self, proportions: dict[str, float]) -> float:
         """Loss of the best guess that looks at no context: the entropy of the mix's own unigram distribution, in nats."""
@@ -103,19 +115,19 @@ class PreparedData:
 
 
 def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedData:
-    """Prepares the mix's tokens, or opens them where they are there already.
+    """Prepares the mix's tokens, or opens them where they are there already, and verifies those of up to VERIFIED_BYTES.
 
-    Raises ValueError naming the file and line where a source can't be read.
+    Raises ValueError naming the file and line where a source can't be read, or the file of prepared tokens that is damaged.
     """
     files = {n: _files(n, s) for n, s in config.sources.items()}
     fingerprint = _fingerprint(config, files)
     final = Path(config.cache) / fingerprint
     if (final / "manifest.json").exists():
-        return PreparedData.load(final)
+        return reopen(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     with _locked(final.with_suffix(".lock")):
         if (final / "manifest.json").exists():  # somebody else was faster
-            return PreparedData.load(final)
+            return reopen(final)
         building = final.with_suffix(".building")
         # The lock is ours, so whatever stands here was left by a preparation that was killed.
         shutil.rmtree(building, ignore_errors=True)
@@ -127,6 +139,27 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedDat
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return PreparedData.load(final)
+
+
+def reopen(root: Path) -> PreparedData:
+    """What an earlier launch prepared, verified up to VERIFIED_BYTES: once here, so that no rank has to. Raises ValueError."""
+    prepared = PreparedData.load(root)
+    tokens = sum(s.train_tokens + s.held_out_tokens for s in prepared.sources.values())
+    if tokens * prepared.dtype.itemsize <= VERIFIED_BYTES and (damaged := prepared.verify()):
+        raise ValueError(f"{', '.join(damaged)}: damaged, other bytes than were prepared (by SHA-256): {anew(root)}")
+    return prepared
+
+
+def anew(root: Path) -> str:
+    """The way out where prepared tokens are damaged."""
+    return f"delete {root} and launch again, which prepares it anew"
+
+
+def _sha256(path: Path) -> str:
+    if not path.exists():
+        return "missing"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 Files = list[tuple[Any, str, str]]
@@ -145,7 +178,7 @@ def _naming(field: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"{field} does not exist") from None
+        raise ValueError(f"{field} does not exist: {MEND_PATH}") from None
     except (OSError, ValueError):
         raise
     except Exception as error:
@@ -156,9 +189,11 @@ def _naming(field: str) -> Iterator[None]:
 
 def _documents(name: str, source: SourceConfig, files: Files) -> Iterator[str]:
     if source.format == "embedded":
-        yield from embedded.documents(source.path)
-    for filesystem, path, _ in files:
-        yield from read_file(name, source, filesystem, path)
+        texts = embedded.documents(source.path)
+    else:
+        texts = (text for filesystem, path, _ in files for text in read_file(name, source, filesystem, path))
+    for text in texts:
+        yield _SURROGATES.sub("\ufffd", text)
 
 
 def _fingerprint(config: DataConfig, files: dict[str, Files]) -> str:
@@ -178,6 +213,9 @@ def _fingerprint(config: DataConfig, files: dict[str, Files]) -> str:
         with _naming(f"data.tokenizer.path={config.tokenizer.path}"):
             tokenizer = Tokenizer.load(config.tokenizer.path)
         about["tokenizer_json"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+        marks = (tokenizer.bos_id, tokenizer.eos_id)
+        if marks != (1, 2):  # those left out, as they always were: what was prepared before stays in use
+            about["marks"] = marks
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -205,6 +243,9 @@ def _build(config: DataConfig, files: dict[str, Files], root: Path, progress: Pr
         "dtype": dtype.str,
         "vocab_size": config.tokenizer.vocab_size,
         "tokenizer_ids": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_sha256": _sha256(root / "tokenizer.json"),
         "sources": [asdict(s) for s in sources],
     }
     path = root / "manifest.json"
@@ -239,23 +280,28 @@ def _build_source(
     folder.mkdir()
     train, held_out = _Shards(folder, "train-{:04d}.bin", dtype), _Shards(folder, "held_out.bin", dtype)
     counts = np.zeros(config.tokenizer.vocab_size, dtype=np.int64)
-    documents = text_bytes = held_out_documents = 0
+    documents = text_bytes = empty = 0
     texts = _documents(name, source, files)
     while batch := list(islice(texts, _BATCH_DOCUMENTS)):
         for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
             tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=dtype)
             documents += 1
+            empty += not text.strip()
             encoded = text.encode("utf-8")
             text_bytes += len(encoded)
             if _is_held_out(encoded, config.held_out_share):
-                held_out_documents += 1
                 held_out.write(tokens)
             else:
                 counts += np.bincount(tokens, minlength=len(counts))
                 train.write(tokens)
         progress(f"tokenizing {name}", documents, train.tokens + held_out.tokens)
-    if documents == 0:
-        raise ValueError(f"data.sources.{name}.path={source.path} holds no document: remove the source or add text")
+    if documents == empty:
+        all_empty = f", but {empty:,} that are empty" if empty else ""
+        raise ValueError(
+            f"data.sources.{name}.path={source.path} holds no document{all_empty}: remove the source or add text"
+        )
+    if empty:
+        progress(f"{empty:,} of {documents:,} documents of {name} are empty", documents, train.tokens + held_out.tokens)
     train.close()
     held_out.close()
     np.save(folder / "counts.npy", counts, allow_pickle=False)
@@ -268,7 +314,7 @@ def _build_source(
         unigram_nats=_entropy_nats(counts / max(1, counts.sum())),
         shards=train.names,
         shard_tokens=train.sizes,
-        sha256=train.digests | held_out.digests,
+        sha256=train.digests | held_out.digests | {"counts.npy": _sha256(folder / "counts.npy")},
     )
 
 
@@ -319,7 +365,24 @@ def _entropy_nats(distribution: npt.NDArray[np.float64]) -> float:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One preparation at a time; the system frees the lock of a process that is killed."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """One preparation at a time; the system frees the lock of a process that is killed. Leaves no file."""
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file):  # whoever held it took the file away: it keeps nobody out who comes now
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            return
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+        return False

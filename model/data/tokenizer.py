@@ -2,34 +2,44 @@
 
 Any text round-trips exactly. To that end nothing is normalised, no space is added or replaced, and neither the special
 tokens nor the bytes are matched inside text: the words `<s>` or `<0x41>` in a document are ordinary characters.
-Ids: 0 <unk> (never produced), 1 <s>, 2 </s>, 3 ... 258 the bytes, then single characters and merges.
+Ids of a trained one: 0 <unk> (never produced), 1 <s>, 2 </s>, 3 ... 258 the bytes, then single characters and merges.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import fsspec
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
+# What stands before and after a document in tokenizers of others: Llama 1 and 2, Llama 3, GPT-2.
+_MARKS = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftext|>", "<|endoftext|>")]
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
 # A word with the space before it, a run of other signs with the space before it, line ends, or a run of spaces.
 _WORDS = Regex(r" ?[\p{L}\p{M}_]+| ?[^\s\p{L}\p{M}\p{N}_]+|\r?\n+|\s+(?=\s)|\s+|\p{N}")
 
 
 class Tokenizer:
-    """A trained byte-pair encoding. `vocab_size` counts every id, the specials and the bytes included."""
+    """A trained byte-pair encoding, and the ids before and after each document. `vocab_size` is above every id."""
 
-    unk_id, bos_id, eos_id = 0, 1, 2
-
-    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
+    def __init__(self, tokenizer: HuggingFaceTokenizer, bos_id: int = 1, eos_id: int = 2) -> None:
+        self.bos_id, self.eos_id = bos_id, eos_id
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True
+        self._special = {bos_id, eos_id, tokenizer.token_to_id("<unk>"), *_special_ids(tokenizer)}
 
     @property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def special_tokens(self) -> dict[str, str | None]:
+        """As tokenizer_config.json has them."""
+        unk = {} if self._tokenizer.token_to_id("<unk>") is None else {"unk_token": "<unk>"}
+        return unk | {
+            "bos_token": self._tokenizer.id_to_token(self.bos_id),
+            "eos_token": self._tokenizer.id_to_token(self.eos_id),
+        }
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -40,7 +50,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; specials are left out, bytes that are no UTF-8 become U+FFFD."""
-        return self._tokenizer.decode([i for i in ids if i >= len(SPECIALS)], skip_special_tokens=False)
+        return self._tokenizer.decode([i for i in ids if i not in self._special], skip_special_tokens=False)
 
     def to_json(self) -> str:
         """The contents of a standard tokenizer.json."""
@@ -48,18 +58,34 @@ class Tokenizer:
 
     @classmethod
     def load(cls, url: str) -> "Tokenizer":
-        """From a tokenizer.json at any fsspec URL."""
+        """The user's own, from a tokenizer.json at any fsspec URL. Raises ValueError where no token marks documents."""
+        field = f"data.tokenizer.path={url}"
         try:
             with fsspec.open(url, "r", encoding="utf-8") as file:
                 text = file.read()
         except FileNotFoundError:
+            raise ValueError(f"{field} does not exist: name a tokenizer.json, or null to train one") from None
+        except IsADirectoryError:
+            raise ValueError(f"{field} is a folder: name the tokenizer.json in it") from None
+        except UnicodeDecodeError as error:
             raise ValueError(
-                f"data.tokenizer.path={url} does not exist: name a tokenizer.json, or null to train one"
+                f"{field} is no tokenizer.json: not UTF-8 ({error.reason} at byte {error.start})"
             ) from None
         try:
-            return cls(HuggingFaceTokenizer.from_str(text))
+            tokenizer = HuggingFaceTokenizer.from_str(text)
         except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"data.tokenizer.path={url} is no tokenizer.json: {error}") from None
+            raise ValueError(f"{field} is no tokenizer.json: {error}") from None
+        if [tokenizer.id_to_token(i) for i in range(3)] == SPECIALS:
+            return cls(tokenizer)
+        special = _special_ids(tokenizer)
+        for bos, eos in _MARKS:
+            if (bos_id := tokenizer.token_to_id(bos)) in special and (eos_id := tokenizer.token_to_id(eos)) in special:
+                return cls(tokenizer, bos_id, eos_id)
+        pairs = " or ".join(f"{bos} and {eos}" if bos != eos else bos for bos, eos in _MARKS)
+        raise ValueError(
+            f"{field} has no tokens that mark a document's begin and end: its added_tokens need {pairs}, "
+            "with special: true"
+        )
 
     def save(self, url: str) -> None:
         with fsspec.open(url, "w", encoding="utf-8") as file:
@@ -80,7 +106,7 @@ class Tokenizer:
         learner.pre_tokenizer = _pre_tokenizer()
         wanted = vocab_size - len(reserved)
         learner.train_from_iterator(
-            _without_surrogates(texts),
+            texts,
             trainers.BpeTrainer(
                 vocab_size=wanted, limit_alphabet=max(1, min(2000, wanted // 4)), show_progress=False, special_tokens=[]
             ),
@@ -111,6 +137,5 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _without_surrogates(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        yield text.encode("utf-8", errors="replace").decode("utf-8")
+def _special_ids(tokenizer: HuggingFaceTokenizer) -> set[int]:
+    return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}

@@ -71,7 +71,7 @@ class Interval:
 class Consumption:
     intervals: list[Interval]
     node_s: dict[tuple[str, int, str], float]  # how long each (run, attempt, node) was held
-    unmeasured_device_s: float  # device-seconds without any measurement to estimate from: counted as 0 J
+    unmeasured_device_s: dict[str, float]  # by run: without any measurement to estimate from, counted as 0 J
 
 
 def kind_of(device: str) -> str:
@@ -220,7 +220,7 @@ def consumption(
     kind_power_w = {kind: _mean_power_w(measured) for kind, measured in power_of_kind.items()}
 
     intervals: list[Interval] = []
-    unmeasured_s = 0.0
+    unmeasured_s: dict[str, float] = defaultdict(float)
     for device, measured in pieces.items():
         claims = [_Claim(*held_s[holder], holder[0], share) for holder, share in sorted(shares[device].items())]
         device_power_w = _mean_power_w(measured)
@@ -232,7 +232,9 @@ def consumption(
             powers_w = (_mean_power_w(inside), device_power_w, kind_power_w[kind_of(device)])
             power_w = next((p for p in powers_w if p is not None), None)
             if power_w is None:
-                unmeasured_s += end_s - start_s
+                for run in {c.run for c in claims}:
+                    held = [(c.start_s, c.end_s) for c in claims if c.run == run and start_s <= c.start_s <= end_s]
+                    unmeasured_s[run] += sum(until_s - since_s for since_s, until_s in _union(held))
                 continue
             edges = {t for c in claims for t in (c.start_s, c.end_s) if start_s <= t <= end_s}
             for since_s, until_s in pairwise(sorted(edges)):  # between two edges the holders are the same
@@ -242,7 +244,7 @@ def consumption(
                         joules = piece.joules * share
                         intervals.append(Interval(run, device, piece.start_s, piece.end_s, joules, piece.source, share))
     node_s = {holder: end_s - start_s for holder, (start_s, end_s) in sorted(held_s.items())}
-    return Consumption(intervals, node_s, unmeasured_s)
+    return Consumption(intervals, node_s, dict(unmeasured_s))
 
 
 def _pieces(readings: Iterable[tuple[str, float, EnergyReading]]) -> list[_Piece]:

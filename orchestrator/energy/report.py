@@ -71,6 +71,7 @@ class _Sums:
     node_s: float = 0.0
     jobs: frozenset[str] = frozenset()
     dropped: int = 0
+    covered_s: float = 0.0  # device-seconds, measured or estimated from what was
     unmeasured_s: float = 0.0
 
     @property
@@ -87,7 +88,8 @@ class _Sums:
                 counted[key] = counted.get(key, 0.0) + joules
         self.nodes |= other.nodes
         self.jobs |= other.jobs
-        for name in ("apportioned_j", "grams_j_per_kwh", "outside_series_s", "node_s", "dropped", "unmeasured_s"):
+        numbers = "apportioned_j grams_j_per_kwh outside_series_s node_s dropped covered_s unmeasured_s"
+        for name in numbers.split():
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
@@ -148,8 +150,8 @@ def _account_group(files: Sequence[tuple[str, Path]], lives: Mapping[str, _Life]
         by_run[interval.run].append(interval)
     for key, intervals in by_run.items():
         sums[key].add(_of_intervals(intervals, lives[key]))
-    for s in sums.values():
-        s.unmeasured_s = consumed.unmeasured_device_s
+    for key, seconds in consumed.unmeasured_device_s.items():
+        sums[key].unmeasured_s = seconds
     return sums
 
 
@@ -182,6 +184,7 @@ def _boots(path: Path) -> set[str]:
 def _of_intervals(intervals: list[Interval], life: _Life) -> _Sums:
     s = _Sums(by_class_j=attribute(intervals, life.lived))
     for interval in intervals:
+        s.covered_s += interval.end_s - interval.start_s
         kind = kind_of(interval.device)
         s.by_source_j[interval.source] += interval.joules
         s.by_kind_j[kind] = s.by_kind_j.get(kind, 0.0) + interval.joules
@@ -220,7 +223,7 @@ def _add_unseen_nodes(s: _Sums, life: _Life, run: AccountedRun) -> None:
 
 def _statement(run: AccountedRun, s: _Sums, life: _Life, ask_slurm: bool) -> CarbonStatement:
     carbon = run.carbon
-    energy_kwh = energy_range(s.by_source_j) if s.node_s else None
+    energy_kwh = energy_range(s.by_source_j) if s.covered_s else None  # a line by itself measures nothing
     grid, said, location = _grid(carbon, s)
     gpu_s = sum(life.sizes[attempt][1] * (end_s - start_s) for attempt, (start_s, end_s) in life.windows.items())
     gpu_hours = (gpu_s or s.node_s * run.gpus / run.nodes) / 3600
@@ -258,6 +261,7 @@ def _statement(run: AccountedRun, s: _Sums, life: _Life, ask_slurm: bool) -> Car
         slurm=slurm,
         method=UNCERTAINTY_METHOD,
         location=location,
+        covered_share=s.covered_s / (s.covered_s + s.unmeasured_s) if s.covered_s else 0.0,
         notes=notes,
     )
 
@@ -327,5 +331,6 @@ def _total(statements: Sequence[CarbonStatement]) -> CarbonStatement:
         slurm=statements[0].slurm if len({s.slurm for s in statements}) == 1 else "not every run has it",
         method=statements[0].method,
         location=statements[0].location if len({s.location for s in statements}) == 1 else None,
+        covered_share=sum(s.covered_share * s.gpu_hours for s in statements) / gpu_hours if gpu_hours else 0.0,
         notes=notes,
     )

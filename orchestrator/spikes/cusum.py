@@ -137,7 +137,7 @@ class Cusum:
                 self.grad_level = log_grad
             self.last_step, self.last_loss = step, loss
             self.onset = self.slow_onset = self.rise_onset = step
-            return ok(step)
+            return ok(step, judged=False)
         if self.declared_steps and any(self.last_step < s <= step for s in self.declared_steps):
             self._begin_anew(step)
         self.last_step = step
@@ -166,7 +166,7 @@ class Cusum:
             self.grad_level += grad_pull * self.grad_scale / window
             self.grad_scale = max(self.grad_scale * (1 + notch if abs(grad_z) > MEDIAN else 1 - notch), 1e-3)
         if settling:
-            return ok(step)
+            return ok(step, judged=False)
 
         # 3: the tail of what the next observation takes back
         if z < NOT_TAIL:

@@ -19,13 +19,15 @@ STOPPING = frozenset({Kind.SPIKE, Kind.SLOW_DIVERGENCE, Kind.NONFINITE})
 
 
 class Finding(NamedTuple):
-    """`score` is the rule's own statistic over its own threshold: 1 is the alarm. `onset_step` is where it began."""
+    """`score` is the rule's own statistic over its own threshold: 1 is the alarm. `onset_step` is where it began. Not `judged`:
+    the rule has seen too little so far to raise an alarm whatever comes."""
 
     kind: Kind
     step: int
     onset_step: int
     score: float
     reason: str
+    judged: bool = True
 
     @property
     def stopping(self) -> bool:
@@ -48,8 +50,8 @@ class Rule(Protocol):
         ...
 
 
-def ok(step: int) -> Finding:
-    return Finding(Kind.OK, step, step, 0.0, "")
+def ok(step: int, judged: bool = True) -> Finding:
+    return Finding(Kind.OK, step, step, 0.0, "", judged)
 
 
 def nonfinite(step: int, loss: float, grad_norm: float | None) -> Finding:

@@ -32,7 +32,7 @@ class KillLossSpike:
         if not math.isfinite(loss):
             return nonfinite(step, loss, grad_norm)
         p = self.params
-        finding = ok(step)
+        finding = ok(step, judged=self.losses.full)
         if self.losses.full:
             if loss >= p.multiplier * self.losses.mean:
                 self.since = step if not self.outliers else self.since

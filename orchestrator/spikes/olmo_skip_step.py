@@ -27,7 +27,7 @@ class OlmoSkipStep:
     def judge(self, step: int, loss: float, grad_norm: float | None = None) -> Finding:
         if not math.isfinite(loss) or (grad_norm is not None and not math.isfinite(grad_norm)):
             return nonfinite(step, loss, grad_norm)
-        score, what = _sigmas(self.losses, loss) / self.params.sigmas, "loss"
+        score, what, judged = _sigmas(self.losses, loss) / self.params.sigmas, "loss", _settled(self.losses)
         self.losses.add(loss)
         if grad_norm is not None:
             grad_score = _sigmas(self.grad_norms, grad_norm) / self.params.sigmas
@@ -35,7 +35,7 @@ class OlmoSkipStep:
             if grad_score > score:
                 score, what = grad_score, "gradient norm"
         if score <= 1:
-            return ok(step)
+            return ok(step, judged)
         return Finding(Kind.SPIKE, step, step, score, f"{what} {score * self.params.sigmas:.1f} standard deviations up")
 
     def state(self) -> dict[str, Any]:
@@ -48,6 +48,8 @@ class OlmoSkipStep:
 
 def _sigmas(window: Window, value: float) -> float:
     """How many standard deviations above the window's mean; 0 until half the window is full."""
-    if len(window) < max(2, (window.values.maxlen or 0) // 2):
-        return 0.0
-    return (value - window.mean) / max(window.std, 1e-12)
+    return (value - window.mean) / max(window.std, 1e-12) if _settled(window) else 0.0
+
+
+def _settled(window: Window) -> bool:
+    return len(window) >= max(2, (window.values.maxlen or 0) // 2)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
-from orchestrator.record import StepRecord, read_all_steps
+from orchestrator.record import read_all_steps
 from orchestrator.run_dir import RunDir
 from orchestrator.spikes.config import SpikesConfig
 from orchestrator.spikes.finding import STOPPING, Finding, Kind
@@ -38,11 +38,56 @@ class Observation:
     grad_norm: float | None
 
 
+@dataclass(kw_only=True)
+class Log:
+    """What a log holds, and how much of it is no observation or was undone."""
+
+    observations: list[Observation]
+    unreadable: int = 0  # rows with a step or loss that is no number, lines that are no JSON
+    first_unreadable: str = ""
+    without_loss: int = 0  # rows of evaluations, samples and the like
+    undone: int = 0  # observations, by rows that go back to their step or below
+    returns: int = 0  # such rows
+    rows: int = 0  # with a step and a loss, the undone ones too
+    undone_judged: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        said = []
+        if self.unreadable:
+            said.append(f"{_rows(self.unreadable)} not read, the first: {self.first_unreadable}")
+        if self.without_loss:
+            said.append(f"{_rows(self.without_loss)} passed over: no step or no loss in them")
+        if self.returns:
+            which = "all are judged (--undone)" if self.undone_judged else "the later rows count"
+            unsorted = (
+                "; most are: is it only out of order? sort it by its steps" if self.undone > self.rows / 2 else ""
+            )
+            times = "once" if self.returns == 1 else f"{self.returns:,} times"
+            said.append(
+                f"{_rows(self.undone)} undone: the log goes back to an earlier step {times}, and {which}{unsorted}"
+            )
+        return said
+
+
+def _rows(count: int) -> str:
+    return f"{_count(count, 'row')} {'was' if count == 1 else 'were'}"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """Findings of one stretch. `stopping`: the run would have been watched, stopped or rewound."""
+    """Findings of one stretch. `stopping`: the run would have been watched, stopped or rewound.
+
+    Kind, first step, onset and reason are of one finding: the first that stops, or the first; the reason also tells of
+    worse ones that followed.
+    """
 
     kind: Kind
+    worst: Kind
     first_step: int
     last_step: int
     onset_step: int
@@ -58,8 +103,13 @@ class Alarm:
 class Replay:
     path: str
     rule: str
-    observations: list[Observation]
+    log: Log
+    judged: int  # observations that could have raised an alarm: a rule must have seen some before
     alarms: list[Alarm]  # by step
+
+    @property
+    def observations(self) -> list[Observation]:
+        return self.log.observations
 
     @property
     def seems_smoothed(self) -> bool:
@@ -77,6 +127,11 @@ class Replay:
             "path": self.path,
             "rule": self.rule,
             "observations": len(steps),
+            "judged": self.judged,
+            "undone": self.log.undone,
+            "returns_to_an_earlier_step": self.log.returns,
+            "unreadable_rows": self.log.unreadable,
+            "rows_without_loss": self.log.without_loss,
             "first_step": steps[0],
             "last_step": steps[-1],
             "seems_smoothed": self.seems_smoothed,
@@ -118,17 +173,18 @@ def run_over(
 ) -> Replay:
     """Runs a rule over a log, as it would have run: each observation once, in order.
 
-    `undone`: of a run directory also judge the steps that a rewind or a restart has undone.
+    `undone`: also judge the steps that a rewind or a restart has undone.
     """
-    observations = read_log(path, undone)
+    log = read_log(path, undone)
     rule = make_rule(rule_name, rule_params, declared_steps)
-    findings = [rule.judge(o.step, o.loss, o.grad_norm) for o in observations]
-    return Replay(path=str(path), rule=rule_name, observations=observations, alarms=alarms(findings))
+    findings = [rule.judge(o.step, o.loss, o.grad_norm) for o in log.observations]
+    judged = sum(f.judged for f in findings)
+    return Replay(path=str(path), rule=rule_name, log=log, judged=judged, alarms=alarms(findings))
 
 
 def alarms(findings: Iterable[Finding]) -> list[Alarm]:
-    """Stretches: findings within QUIET observations of each other are one alarm, of the worst kind among them; an outlier
-    stands alone, and is dropped where the alarm after it says that it was its beginning."""
+    """Stretches: findings within QUIET observations of each other are one alarm, unless the log goes back between them; an
+    outlier stands alone, and is dropped where the alarm after it says that it was its beginning."""
     found: list[Alarm] = []
     open_at: int | None = None  # index of the stretch that may still go on
     quiet = 0
@@ -136,7 +192,7 @@ def alarms(findings: Iterable[Finding]) -> list[Alarm]:
         quiet += 1
         if finding.kind is Kind.OK:
             continue
-        if open_at is not None and quiet <= QUIET:
+        if open_at is not None and quiet <= QUIET and finding.step > found[open_at].last_step:
             if finding.kind is not Kind.OUTLIER:
                 found[open_at] = _joined(found[open_at], finding)
                 quiet = 0
@@ -148,6 +204,7 @@ def alarms(findings: Iterable[Finding]) -> list[Alarm]:
         found.append(
             Alarm(
                 kind=finding.kind,
+                worst=finding.kind,
                 first_step=finding.step,
                 last_step=finding.step,
                 onset_step=finding.onset_step,
@@ -162,49 +219,109 @@ _WORSE = (Kind.OUTLIER, Kind.SHIFT, Kind.SPIKE, Kind.SLOW_DIVERGENCE, Kind.NONFI
 
 
 def _joined(alarm: Alarm, finding: Finding) -> Alarm:
-    worse = _WORSE.index(finding.kind) > _WORSE.index(alarm.kind)
-    return replace(
-        alarm,
-        kind=finding.kind if worse else alarm.kind,
-        reason=finding.reason if worse else alarm.reason,
-        last_step=finding.step,
-        findings=alarm.findings + 1,
-    )
+    joined = replace(alarm, last_step=finding.step, findings=alarm.findings + 1)
+    if finding.stopping and not alarm.stopping:
+        return replace(
+            joined,
+            kind=finding.kind,
+            worst=finding.kind,
+            first_step=finding.step,
+            onset_step=finding.onset_step,
+            reason=finding.reason,
+        )
+    if _WORSE.index(finding.kind) > _WORSE.index(alarm.worst):
+        said = f"{finding.kind.replace('_', ' ')} at step {finding.step}: {finding.reason}"
+        return replace(joined, worst=finding.kind, reason=f"{alarm.reason}; then {said}")
+    return joined
 
 
-def read_log(path: Path, undone: bool = False) -> list[Observation]:
-    """The observations of a log, by what it is. Raises UserError where it holds none."""
+def read_log(path: Path, undone: bool = False) -> Log:
+    """The observations of a log, by what it is. Raises UserError where it holds none.
+
+    A step that is there again undoes the earlier rows of its step or above, as in `record.kept_steps`; `undone` keeps them.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist")
+    torn = 0
+    columns: tuple[str, ...] = ()
     if path.is_dir():
-        rows: Iterable[Mapping[str, Any]] = _run_dir_rows(path, undone)
+        rows: list[dict[str, Any]] = _run_dir_rows(path)
     elif path.suffix == ".wandb":
         rows = _wandb_rows(path)
     elif path.suffix in (".jsonl", ".json", ".ndjson"):
-        rows = _json_rows(path)
+        rows, torn = _json_rows(path)
     else:
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            reader = csv.DictReader(file)
             try:
-                rows = list(csv.DictReader(file))
+                columns, rows = tuple(reader.fieldnames or ()), list(reader)
             except csv.Error as error:
                 raise UserError(f"{path} is no CSV: {error}") from None
         _of_one_run(path, rows[0] if rows else {})
-    observations = list(_observations(rows))
-    if not observations:
-        raise UserError(
-            f"{path} holds no loss: a log needs a step column ({', '.join(STEP_NAMES[:4])}) and a loss column "
-            f"({', '.join(LOSS_NAMES[:4])}), as CSV with a header line or one JSON object a line"
-        )
-    return observations
+    log = _observed(rows)
+    if torn:
+        log.unreadable += torn
+        log.first_unreadable = log.first_unreadable or "a line that is no JSON object"
+    if not log.observations:
+        raise UserError(f"{path} holds no loss: {_why_none(columns, rows, log)}")
+    return _without_undone(log, undone)
 
 
-def _observations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Observation]:
-    """Rows without a loss (evaluations, samples) are passed over."""
-    for row in rows:
-        step, loss = _value(row, STEP_NAMES), _value(row, LOSS_NAMES)
-        if step is None or loss is None or not math.isfinite(step):
-            continue
-        yield Observation(int(step), loss, _value(row, GRAD_NAMES))
+def _observed(rows: Iterable[Mapping[str, Any]]) -> Log:
+    log = Log(observations=[])
+    for number, row in enumerate(rows, 1):
+        step, loss, grad_norm = (_value(row, names) for names in (STEP_NAMES, LOSS_NAMES, GRAD_NAMES))
+        wrong = ""
+        if any(row.get(None, ())):  # type: ignore[call-overload]  # where csv.DictReader puts what has no column
+            wrong = "more cells than columns (a decimal comma?)"
+        elif isinstance(step, str) or (step is not None and not math.isfinite(step)):
+            wrong = f"step {step}, which is no number"
+        elif isinstance(loss, str):
+            wrong = f"loss {loss}, which is no number" + (" (a decimal comma?)" if "," in loss else "")
+        if wrong or isinstance(step, str) or isinstance(loss, str):
+            log.unreadable += 1
+            log.first_unreadable = log.first_unreadable or f"row {number} has {wrong}"
+        elif loss is None or step is None:
+            log.without_loss += 1
+        else:
+            log.observations.append(Observation(int(step), loss, None if isinstance(grad_norm, str) else grad_norm))
+    return log
+
+
+def _without_undone(log: Log, judge_undone: bool) -> Log:
+    kept: list[Observation] = []
+    for o in log.observations:
+        log.returns += bool(kept) and kept[-1].step >= o.step
+        while kept and kept[-1].step >= o.step:
+            kept.pop()
+        kept.append(o)
+    log.rows, log.undone_judged = len(log.observations), judge_undone
+    log.undone = log.rows - len(kept)
+    if not judge_undone:
+        log.observations = kept
+    return log
+
+
+def _why_none(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], log: Log) -> str:
+    """Of a log without an observation: what it has, what it lacks, and the way out."""
+    names = list(columns) or list(dict.fromkeys(k for row in rows[:1000] for k in row))
+    lacking = [
+        f"no {what} column ({', '.join(known[:4])})"
+        for what, known in (("step", STEP_NAMES), ("loss", LOSS_NAMES))
+        if not any(_plain_name(n) in known or n in known for n in names)
+    ]
+    if len(columns) == 1 and (mark := next((m for m in ";\t" if m in columns[0]), None)):
+        return f"its header line is {columns[0]!r}: separate the columns by commas, not by {mark!r}"
+    if names and lacking:
+        return f"it has {' and '.join(lacking)}; what it has: {', '.join(names[:8])}" + ", ..." * (len(names) > 8)
+    if not rows and log.unreadable:
+        return f"none of its {_count(log.unreadable, 'line')} is a JSON object"
+    if not rows:
+        what = f"a header line ({', '.join(columns)}) and no rows" if columns else "no rows"
+        return f"it has {what}; a log is CSV with a header line or one JSON object a line"
+    if log.unreadable:
+        return f"none of its {_count(len(rows), 'row')} can be read, the first: {log.first_unreadable}"
+    return f"none of its {_count(len(rows), 'row')} has both a step and a loss"
 
 
 def _plain_name(column: str | None) -> str:
@@ -220,7 +337,9 @@ def _of_one_run(path: Path, row: Mapping[str, Any]) -> None:
         )
 
 
-def _value(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
+def _value(row: Mapping[str, Any], names: Sequence[str]) -> float | str | None:
+    """The number under the first of the names that has one; else what stands there and is none."""
+    said = None
     for name in names:
         value = row.get(name)
         if value is None:
@@ -230,41 +349,41 @@ def _value(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
         try:
             return float(value)
         except ValueError:
-            continue
-    return None
+            said = said or str(value)[:40]
+    return said
 
 
-def _run_dir_rows(path: Path, undone: bool) -> list[Mapping[str, Any]]:
-    from orchestrator.record import kept_steps
-
+def _run_dir_rows(path: Path) -> list[dict[str, Any]]:
     folder = RunDir(path).records
     if not folder.is_dir():
         raise UserError(f"{path} is no run directory: it has no {folder.name}/")
-    records: list[StepRecord] = read_all_steps(folder)
-    return [vars(r) for r in (records if undone else kept_steps(records))]
+    return [vars(r) for r in read_all_steps(folder)]
 
 
-def _json_rows(path: Path) -> Sequence[Mapping[str, Any]]:
-    """One object a line, or one list of objects. Torn or foreign lines are passed over."""
+def _json_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """One object a line, or one list of objects; and how many lines are torn or foreign."""
     text = path.read_text(encoding="utf-8", errors="replace")
     if text.lstrip().startswith("["):
         try:
             whole = json.loads(text)
         except ValueError as error:
             raise UserError(f"{path} is no JSON: {error}") from None
-        return [row for row in whole if isinstance(row, dict)]
-    rows = []
-    for line in text.splitlines():
+        rows = [row for row in whole if isinstance(row, dict)]
+        return rows, len(whole) - len(rows)
+    rows, torn = [], 0
+    for line in filter(str.strip, text.splitlines()):
         try:
             row = json.loads(line)
         except ValueError:
-            continue
+            row = None
         if isinstance(row, dict):
             rows.append(row)
-    return rows
+        else:
+            torn += 1
+    return rows, torn
 
 
-def _wandb_rows(path: Path) -> list[Mapping[str, Any]]:
+def _wandb_rows(path: Path) -> list[dict[str, Any]]:
     """Through W&B's own reader, so that its format stays its business."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
@@ -275,7 +394,7 @@ def _wandb_rows(path: Path) -> list[Mapping[str, Any]]:
         return [row for line in output for row in _wandb_history(line)]
 
 
-def _wandb_history(line: str) -> Iterator[Mapping[str, Any]]:
+def _wandb_history(line: str) -> Iterator[dict[str, Any]]:
     """The logged row of one printed record, if it is one."""
     try:
         history = json.loads(line).get("history")
@@ -292,12 +411,23 @@ def table(result: Replay, show_outliers: int = 10) -> str:
     noted = [a for a in result.alarms if not a.stopping]
     every = (steps[-1].step - steps[0].step) / max(1, len(steps) - 1)
     lines = [
-        f"{result.path}: {len(steps):,} observations, steps {steps[0].step:,} to {steps[-1].step:,}"
+        f"{result.path}: {_count(len(steps), 'observation')}, steps {steps[0].step:,} to {steps[-1].step:,}"
         + (f", one every {every:.3g} steps" if every > 1.01 else "")
         + ("" if any(o.grad_norm is not None for o in steps) else ", no gradient norm"),
-        f"rule {result.rule}: {len(stops)} alarm{'s' * (len(stops) != 1)} that would call for the policy, "
-        f"{sum(a.kind is Kind.OUTLIER for a in noted)} one-batch outliers, {sum(a.kind is Kind.SHIFT for a in noted)} new levels",
+        f"rule {result.rule}, {result.judged:,} of {len(steps):,} judged: "
+        f"{_count(len(stops), 'alarm')} that would call for the policy, "
+        f"{_count(sum(a.kind is Kind.OUTLIER for a in noted), 'one-batch outlier')}, "
+        f"{_count(sum(a.kind is Kind.SHIFT for a in noted), 'new level')}",
+        *result.log.notes,
     ]
+    if not result.judged:
+        grad_norms = any(o.grad_norm is not None for o in steps)
+        why = (
+            "judges gradient norms alone"
+            if result.rule == "zclip" and not grad_norms
+            else "first learns from more than these"
+        )
+        lines.append(f"warning: nothing was judged: rule {result.rule} {why}")
     shown = sorted(stops + noted[:show_outliers], key=lambda a: a.first_step)
     if result.seems_smoothed:
         lines.append(

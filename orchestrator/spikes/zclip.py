@@ -30,7 +30,7 @@ class ZClip:
         if not math.isfinite(loss) or (grad_norm is not None and not math.isfinite(grad_norm)):
             return nonfinite(step, loss, grad_norm)
         if grad_norm is None:
-            return ok(step)
+            return ok(step, judged=False)
         p = self.params
         self.seen += 1
         if self.seen <= p.warmup:
@@ -38,7 +38,7 @@ class ZClip:
             self._squares += grad_norm * grad_norm
             self.mean = self._sum / self.seen
             self.variance = max(0.0, self._squares / self.seen - self.mean**2)
-            return ok(step)
+            return ok(step, judged=False)
         std = max(math.sqrt(self.variance), 1e-12)
         z = (grad_norm - self.mean) / std
         learnt = grad_norm

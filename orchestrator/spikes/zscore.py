@@ -25,12 +25,13 @@ class ZScore:
     def judge(self, step: int, loss: float, grad_norm: float | None = None) -> Finding:
         if not math.isfinite(loss) or (grad_norm is not None and not math.isfinite(grad_norm)):
             return nonfinite(step, loss, grad_norm)
-        if len(self.losses) >= 32:
+        judged = len(self.losses) >= 32
+        if judged:
             z = (loss - self.losses.mean) / max(self.losses.std, 1e-12)
             if z > self.params.sigmas:
                 return Finding(Kind.SPIKE, step, step, z / self.params.sigmas, f"loss {z:.1f} standard deviations up")
         self.losses.add(loss)
-        return ok(step)
+        return ok(step, judged)
 
     def state(self) -> dict[str, Any]:
         return {"losses": self.losses.state()}

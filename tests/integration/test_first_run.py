@@ -181,8 +181,33 @@ def test_a_run_whose_energy_budget_is_spent_saves_and_stops(workplace: Path) -> 
     stopped = launch(workplace, "spent", *settings, "carbon.on_budget=stop")
     assert stopped.returncode == 0, stopped.stderr
     assert "Stopped and saved at step" in stopped.stdout
-    assert "carbon.budget_kwh=1e-07: raise it to go on" in stopped.stdout
+    assert "carbon.budget_kwh=1e-07: raise it to go on." in stopped.stdout
+    assert "run the same command again" not in stopped.stdout
     assert max(losses(workplace, "spent")) < 2000
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(workplace: Path) -> None:
+    place = workplace / "place"
+    assert launch(workplace, "owner", "steps=10", f"checkpoint.url={place}").returncode == 0
+    there = run_dir(workplace, "owner")
+    for path in there.events.glob("attempt-*"):  # as if it had been killed just before its end
+        path.write_text("".join(ln for ln in path.read_text().splitlines(True) if '"kind":"finished"' not in ln))
+    epochs = sorted(p.name for p in (place / "epochs").iterdir())
+
+    other = launch(workplace, "other", "steps=10", f"checkpoint.url={place}")
+    assert other.returncode == 2
+    assert "holds the checkpoints of another run, owner-" in other.stderr
+    assert not run_dir(workplace, "other").root.exists()
+    assert sorted(p.name for p in (place / "epochs").iterdir()) == epochs  # nobody was fenced
+
+    gone = launch(workplace, "owner", "steps=10", f"checkpoint.url={workplace}/elsewhere")
+    assert gone.returncode == 1
+    assert f"this run has saved step 10, and {workplace}/elsewhere holds no checkpoint" in gone.stderr.replace("\n", "")
+    there.root.rename(there.root.with_name("renamed"))  # a run is who it was under another name
+    back = launch(workplace, "renamed", "steps=10", f"checkpoint.url={place}")
+    assert back.returncode == 0, back.stderr
+    assert "finished" in arriero(workplace, "resume", "runs/renamed").stdout
 
 
 @pytest.mark.slow

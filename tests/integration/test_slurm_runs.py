@@ -132,7 +132,7 @@ def test_every_way_to_end_a_start_is_told_apart_and_the_run_comes_out_the_same(
         name, away, faults=(SLOW, Fault(kind="usr2", rank=1, step=10), Fault(kind="kill", rank=1, step=30))
     )
     runs.wait(name, lambda: runs.step(name) >= 45)
-    assert runs.causes(name) == ["preempted"]
+    assert runs.causes(name) == ["signalled"]
     assert "(SIGUSR2)" in runs.events(name, "stopped")[0].detail  # rank 1's reason, which rank 0 tells
     (restarted,) = runs.events(name, "restarted")  # a killed rank is no requeue
     assert (restarted.data["cause"], restarted.data["rank"], restarted.data["signal"]) == ("crash", 1, "SIGKILL")
@@ -280,6 +280,19 @@ def test_launched_again_or_killed_in_the_middle_there_is_one_job_and_cancel_save
     job = runs.launch(name, setup, faults=(SLOW,))
     journal = run_dir(runs.workplace, name).submission
     assert runs.launch(name, setup) == job
+    changed = launch(runs.workplace, name, *TWO_NODES, setup, "seed=9", **runs.cluster.env)
+    assert changed.returncode == 2
+    assert "seed was 1, now 9" in changed.stderr
+    later = launch(runs.workplace, name, *TWO_NODES, setup, "checkpoint.every_steps=26", **runs.cluster.env)
+    assert later.returncode == 0
+    assert "not for that job: checkpoint.every_steps was 25, now 26; cancel it and launch again" in later.stdout
+    here = launch(runs.workplace, name, f"steps={STEPS}", "eval_every_steps=75", **runs.cluster.env)
+    assert here.returncode == 2
+    assert f"is in the queue of Slurm already, or runs: job {job}" in here.stderr
+    nowhere = launch(runs.workplace, "refused", *TWO_NODES, "cluster.partition=nope", **runs.cluster.env)
+    assert nowhere.returncode == 1
+    assert "sbatch refused the job" in nowhere.stderr
+    assert not run_dir(runs.workplace, "refused").root.exists()
     entry = json.loads(journal.read_text())
     submitted = (run_dir(runs.workplace, name).logs / f"{job}_submission.sh").read_text()
     assert submitted == expected.replace("set-when-it-is-submitted", entry["token"])

@@ -1,10 +1,21 @@
 """The carbon report names the device that there was, and says modelled where most of an energy is."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from dashboards.carbon import CarbonStatement, Range, figures, llama_form, sentence, to_html, to_markdown
+from dashboards.carbon import (
+    CarbonStatement,
+    Range,
+    figures,
+    llama_form,
+    sentence,
+    to_html,
+    to_markdown,
+    to_model_card,
+)
+from orchestrator.cli import main
 
 CPU = CarbonStatement(
     name="mine",
@@ -49,3 +60,26 @@ def test_a_run_without_a_gpu_is_told_of_its_processor() -> None:
 )
 def test_only_what_was_looked_at_is_called_measured(by_source_kwh: dict[str, float], said: str) -> None:
     assert llama_form([replace(CPU, by_source_kwh=by_source_kwh)])[1][0][-1] == said
+
+
+def test_an_energy_of_a_part_of_the_time_says_so_wherever_it_stands() -> None:
+    part = replace(CPU, covered_share=0.62, co2e_kg=Range(1, 2, 3))
+    said = "covers 62% of the device-hours"
+    assert said in llama_form([part])[1][0][-1]
+    assert said in sentence(part)
+    assert said in to_model_card(part)
+    assert {f.key: f.value for f in figures(part)}["covered_share"] == 0.62
+    assert said in {f.key: f.how for f in figures(part)}["energy_kwh"]
+    assert "covers 99.9% of" in sentence(replace(part, covered_share=0.9999))
+    assert "covers" not in to_markdown([CPU])
+
+
+def test_a_run_without_a_measurement_is_named_so_in_the_first_table() -> None:
+    assert [row[-1] for row in llama_form([replace(CPU, energy_kwh=None)])[1]] == [
+        "formula: hours x W x PUE; nothing was measured"
+    ]
+
+
+def test_two_forms_at_once_are_a_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "carbon", str(tmp_path), "--json", "--format", "csv"]) == 2
+    assert capsys.readouterr().err == "arriero: --json and --format csv are two forms: give one of them\n"

@@ -4,13 +4,17 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dashboards.page import page, page_data
 from dashboards.run_view import Attempt, Curve, Happening, LogError, RunView, curve
+from tests.unit.dashboards.test_carbon_report import CPU
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -133,3 +137,52 @@ def test_hundreds_of_attempts_and_thousands_of_events_stay_small() -> None:
     shown = [e["step"] for e in data["runs"][0]["events"] if e["kind"] == "evaluated"]
     assert (shown[0], shown[-1]) == (0, 19_999)
     assert not [e for e in data["runs"][0]["events"] if e["kind"] == "removed"]
+
+
+def drawn(folder: Path, *runs: RunView) -> str:
+    """The page's text as a browser draws it, an element a line."""
+    if (chromium := shutil.which("chromium") or shutil.which("google-chrome")) is None:
+        pytest.skip("no chromium is installed")
+    (folder / "page.html").write_text(page(runs))
+    words = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile", "--dump-dom"]
+    done = subprocess.run([*words, f"file://{folder}/page.html"], capture_output=True, text=True, check=True)
+    body = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", done.stdout, flags=re.DOTALL)
+    return re.sub(r"<[^>]+>", "\n", body)
+
+
+def happened(kind: str, step: int, act: str = "", detail: str = "") -> Happening:
+    return Happening(
+        time_s=1e9 + step, attempt=1, kind=kind, step=step, detail=detail, data={"act": act} if act else {}
+    )
+
+
+def test_an_update_counts_as_left_out_where_it_was_left_out_and_the_list_says_what_came_of_it(tmp_path: Path) -> None:
+    events = [happened("withheld", s) for s in (1, 2, 3, 4)]
+    clipped = "recomputed, the loss was 9 again: the batch stands out, its gradient is applied clipped"
+    events += [happened("recomputed", 1, "clip", clipped), happened("recomputed", 2, "accept")]
+    events += [happened("recomputed", 3, "leave_out"), happened("spike", 4, "skip"), happened("recovered", 5)]
+    text = drawn(tmp_path, view(events=events))
+    loss = text[text.index("Loss\n") : text.index("Held-out loss by source\n")]
+    assert [line for line in loss.splitlines() if "update" in line] == [
+        "2 updates left out",
+        "1 update applied clipped",
+    ]
+    for shown in ("recomputed", clipped, "recovered"):
+        assert f"\n{shown}\n" in text
+
+
+def test_a_panel_whose_figures_carry_their_units_names_no_other_and_no_two_columns_are_alike(tmp_path: Path) -> None:
+    time = drawn(tmp_path, view(seconds={"kept": 8.0, "startup": 0.02}))
+    time = time[time.index("Where the time went") : time.index("Events\n")]
+    assert "8.0 s" in time
+    assert "20 ms" in time
+    assert "\nh\n" not in time
+    two = drawn(tmp_path, view(name="a", config={"steps": 10}), view(name="b", config={"steps": 20}))
+    heads = two[: two.index("\nLoss\n")].splitlines()
+    assert heads.count("steps done") == heads.count("steps") == 1
+
+
+def test_the_energy_of_a_part_of_the_time_says_so_above_its_figure(tmp_path: Path) -> None:
+    assert "\nenergy at the site\n" in drawn(tmp_path, view(statement=CPU))
+    part = drawn(tmp_path, view(statement=replace(CPU, covered_share=0.62)))
+    assert "\nenergy at the site, of 62.0% of the device-hours\n" in part

@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -13,6 +14,7 @@ from orchestrator.columns import NUMBERS
 from orchestrator.energy.attribution import CLASSES
 from orchestrator.energy.ledger import EnergyReading
 from orchestrator.record import Event, StepRecord
+from orchestrator.spikes.watch import Act
 
 ROOT = Path(__file__).resolve().parents[3]
 LINES = [(panel, line) for panel in PANELS for line in panel.lines]
@@ -63,6 +65,11 @@ def is_recorded(source: str) -> bool:
 @pytest.mark.parametrize("line", [line for _, line in LINES], ids=lambda line: line.source)
 def test_every_panel_names_what_is_recorded(line: Line) -> None:
     assert is_recorded(line.source), f"no record has {line.source}"
+
+
+@pytest.mark.parametrize("line", [line for _, line in LINES if line.act], ids=lambda line: line.act)
+def test_every_act_that_a_panel_tells_apart_is_one_of_the_guards(line: Line) -> None:
+    assert line.act in get_args(Act)
 
 
 @pytest.mark.parametrize(

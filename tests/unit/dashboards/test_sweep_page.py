@@ -11,6 +11,8 @@ def point(name: str, loss: float | None, corpus: str) -> SweepPoint:
         name=name,
         state="finished" if loss else "waiting",
         values={"model": name},
+        step=1,
+        loss=loss,
         held_out_loss=loss,
         parameters=1000,
         tokens=4096,
@@ -62,3 +64,12 @@ def test_every_point_of_a_curve_lies_in_its_frame_and_no_line_crosses_a_label() 
     assert all(top <= y <= top + height for y in heights)
     for label in ("tiny", "small"):
         assert re.search(rf'<text [^>]*stroke="#fff"[^>]*paint-order="stroke">{label}</text>', text)
+
+
+def test_the_picture_says_how_many_points_it_leaves_out() -> None:
+    dropped = [
+        replace(point(name, None, "vocabulary of 4,096"), state="dropped", loss=6.0) for name in ("nano", "pico")
+    ]
+    assert "2 of 4 points are not in the picture" in sweep_page("ladder", ["model"], [*LARGE, *dropped], None, None)
+    shown = [replace(p, held_out_loss=6.5) for p in dropped]
+    assert "not in the picture" not in sweep_page("ladder", ["model"], [*LARGE, *shown], None, None)

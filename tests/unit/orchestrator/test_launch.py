@@ -4,19 +4,25 @@ import json
 import multiprocessing
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from model.data.config import SourceConfig
 from model.data.prepare import prepare
 from orchestrator import launch
 from orchestrator import spec as specs
 from orchestrator.cli import _parser
+from orchestrator.console import plain_console
 from orchestrator.errors import Failure, UserError
 from orchestrator.record import Event, JsonlWriter, utc_now
 from orchestrator.run_dir import SWEEP, RunDir
+from slurm.request import Refused
 
 
 def test_a_run_is_graded_by_what_was_expected_at_its_first_start(tmp_path: Path) -> None:
@@ -81,16 +87,18 @@ def test_what_was_refused_leaves_the_name_free(tmp_path: Path, monkeypatch: pyte
 
 def _claim(barrier: Barrier, folder: Path, seed: int, won: "multiprocessing.Queue[tuple[int, int]]") -> None:
     spec = specs.compose(["model=nano", f"seed={seed}"])
+    prepared: Any = SimpleNamespace(root=folder)
     for number in range(25):
         barrier.wait()
         try:
-            launch.write_run_dir(spec, RunDir(folder / str(number)), [])
+            launch.write_run_dir(spec, RunDir(folder / str(number)), [], prepared)
             won.put((number, seed))
         except UserError:
             won.put((number, 0))
 
 
 def test_of_two_first_launches_at_one_moment_one_has_the_name(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").touch()
     context = multiprocessing.get_context("spawn")
     won: multiprocessing.Queue[tuple[int, int]] = context.Queue()
     barrier = context.Barrier(2, timeout=120)
@@ -183,5 +191,66 @@ def test_a_store_that_takes_no_file_is_refused_before_a_first_start(
         launch.launch(specs.compose(["model=nano", "name=x", "checkpoint.url=file:///proc/here"]), [])
     assert not (tmp_path / "runs" / "x").exists()
     url = (tmp_path / "there").as_uri()
-    launch._ask_store(specs.compose(["model=nano", "name=x", f"checkpoint.url={url}"]))
+    spec = specs.compose(["model=nano", "name=x", f"checkpoint.url={url}"])
+    launch._ask_store(spec, RunDir(spec.run_dir))
     assert list((tmp_path / "there").iterdir()) == []
+    (tmp_path / "README.md").touch()
+    with pytest.raises(Failure, match=r"README\.md takes no file"):  # a path, too
+        launch.launch(specs.compose(["model=nano", "name=x", "checkpoint.url=README.md"]), [])
+
+
+def test_the_checkpoints_of_another_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "run.txt").write_text("mine-123")
+    spec = specs.compose(["model=nano", "name=x", "checkpoint.url=place"])
+    with pytest.raises(UserError, match=r"place holds the checkpoints of another run, mine-123, .*x \(new\).*run\.txt"):
+        launch.launch(spec, [])
+    run_dir = RunDir(tmp_path / "runs" / "x")
+    assert not run_dir.root.exists()
+    run_dir.root.mkdir(parents=True)
+    run_dir.run_id.write_text("mine-123\n")  # as before its directory was called x
+    launch._ask_store(spec, run_dir)
+
+
+def test_a_run_keeps_the_tokens_of_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = specs.compose(["model=nano", "name=x"])
+    source = SourceConfig(path=str(text_at(tmp_path / "texts")), proportion=1.0, format="text")
+    spec.data = replace(spec.data, sources={"only": source}, cache=str(tmp_path / "cache"))
+    console, run_dir = plain_console(), RunDir(spec.run_dir)
+    first = launch.prepared_for(console, spec, run_dir)
+    launch.write_run_dir(spec, run_dir, [], first)
+    assert run_dir.tokenizer.read_bytes() == (first.root / "tokenizer.json").read_bytes()
+    (tmp_path / "texts" / "more.txt").write_text("another document")
+    assert launch.prepared_for(console, spec, run_dir).root == first.root
+    (tmp_path / "texts").rename(tmp_path / "away")
+    assert launch.prepared_for(console, spec, run_dir).root == first.root
+
+    (tmp_path / "away").rename(tmp_path / "texts")
+    shutil.rmtree(first.root)
+    with pytest.raises(UserError, match=f"trains on the tokens of .*{first.root.name}, which is gone.*the same texts"):
+        launch.prepared_for(console, spec, run_dir)
+    (tmp_path / "texts" / "more.txt").unlink()
+    assert launch.prepared_for(console, spec, run_dir).root.name == first.root.name
+
+
+def test_a_run_is_not_made_inside_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "spec.yaml").write_text("")
+    with pytest.raises(UserError, match="name=a/b lies in the directory of the run a"):
+        launch.launch(specs.compose(["model=nano", "name=a/b"]), [])
+
+
+def test_a_submission_that_slurm_refuses_leaves_the_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = specs.compose(["model=nano", "name=x", "cluster=slurm", "cluster.nodes=1", "cluster.gpus_per_node=1"])
+    source = SourceConfig(path=str(text_at(tmp_path / "texts")), proportion=1.0, format="text")
+    spec.data = replace(spec.data, sources={"only": source}, cache=str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch; no git either, which is no reason to fail
+    launch._code_version.cache_clear()
+    with pytest.raises(Refused, match="this machine has no sbatch"):
+        launch.launch(spec, [])
+    assert not spec.run_dir.exists()
+    launch._code_version.cache_clear()

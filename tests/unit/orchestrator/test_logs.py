@@ -1,6 +1,9 @@
 import resource
 from pathlib import Path
 
+import pytest
+
+from orchestrator.cli import main
 from orchestrator.logs import _growing
 
 
@@ -16,3 +19,11 @@ def test_the_logs_of_more_ranks_are_followed_than_files_may_be_open_by_default(t
         growing.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+
+
+@pytest.mark.parametrize("lines", ["0", "-3"])
+def test_no_lines_are_a_users_mistake_and_not_an_empty_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str
+) -> None:
+    assert main(["logs", str(tmp_path), "--lines", lines]) == 2
+    assert capsys.readouterr().err == f"arriero: --lines {lines}: give 1 or more\n"

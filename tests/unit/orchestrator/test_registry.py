@@ -1,6 +1,7 @@
 """The table of runs, and the lines of logs that look like errors."""
 
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -146,3 +147,54 @@ def test_a_local_run_that_crashed_once_and_stopped_later_is_stopped(tmp_path: Pa
         events.write(Event(time_utc=utc_now(), kind="stopped", step=5, detail="saved at step 5 of 9"))
     (row,) = registry.rows([tmp_path])
     assert (row.state, row.why) == ("stopped", "saved at step 5 of 9")
+
+
+def test_a_job_of_the_same_number_on_another_cluster_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own cluster is gone: the accounting knows another run's job of that number, by its name or its comment."""
+    run = RunDir(tmp_path / "runs" / "mine")
+    run.spec.parent.mkdir(parents=True)
+    run.spec.write_text("steps: 9\n")
+    run.submission.write_text(json.dumps({"job_id": "7", "token": "t"}))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    for name, comment, its in (
+        ("mine", "arriero:t", True), ("group/mine", "", True), ("runs", "", True), ("mine", "of the site", True),
+        ("other", "", False), ("mine", "arriero:u", False),
+    ):  # fmt: skip
+        (tmp_path / "sacct").write_text(f"#!/bin/sh\necho '7|FAILED|00:00:01|1|{name}|{comment}'\n")
+        for command in ("squeue", "sacct"):
+            (tmp_path / command).chmod(0o755)
+        (row,) = registry.rows([run.root])
+        told = ("interrupted", "Slurm says FAILED", "7") if its else ("new", "not started yet", None)
+        assert (row.state, row.why, row.job_id) == told, (name, comment)
+
+
+def test_a_copy_says_whose_its_job_is(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        run = RunDir(tmp_path / name)
+        run.spec.parent.mkdir()
+        run.spec.write_text("steps: 9\n")
+        run.submission.write_text(json.dumps({"job_id": "7", "token": "t", "run_dir": str(tmp_path / "old")}))
+    (row,) = registry.rows([run.root])
+    assert (row.state, row.job_id) == ("new", None)
+    assert row.why == f"not started yet; job 7 in its submission.json is that of {tmp_path / 'old'}"
+
+
+def test_a_local_run_that_reached_its_time_limit_says_so(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.spec.parent.mkdir()
+    run.spec.write_text("steps: 9\n")
+    for path, kind, detail in (
+        (run.events / "supervise.jsonl", "time_limit", "cluster.time_limit_min=1 is over"),
+        (run.attempt_file(run.events, 1), "stopped", "saved at step 5 of 9"),
+    ):
+        with JsonlWriter(path) as events:
+            events.write(Event(time_utc=utc_now(), kind=kind, step=5, detail=detail, data={"attempts": 1}))
+    (row,) = registry.rows([run.root])
+    assert (row.state, row.why) == ("stopped", "cluster.time_limit_min=1 is over; saved at step 5 of 9")
+    with JsonlWriter(run.attempt_file(run.events, 2)) as events:  # by hand
+        events.write(Event(time_utc=utc_now(), kind="stopped", step=6, detail="saved at step 6 of 9"))
+    (row,) = registry.rows([run.root])
+    assert row.why == "saved at step 6 of 9"

@@ -241,6 +241,22 @@ def test_steps_and_ranks_that_no_run_has_are_not_traced() -> None:
     assert compose(["steps=50", "profile.first_step=50"]).profile.first_step == 50
 
 
+def test_checkpoints_that_go_with_the_process_are_refused() -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.url=memory://x is gone with the process"):
+        compose(["model=nano", "checkpoint.url=memory://x"])
+
+
+def test_yaml_that_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("name: mine\nsources: {a: [}\n")
+    with pytest.raises(UserError, match=r"data=mine: .*mine\.yaml"):
+        compose(["data=mine"], tmp_path)
+    for damage in ("name: [", "a: 1\n", "- a list\n", "\xff"):
+        (tmp_path / "spec.yaml").write_text(damage, encoding="latin-1")
+        with pytest.raises(UserError, match=r"spec\.yaml cannot be read"):
+            specs.load(tmp_path / "spec.yaml")
+
+
 def test_a_place_that_no_table_holds_is_refused_for_each_point_of_a_sweep() -> None:
     found = specs.compose_many([["carbon.zone=FRA", "seed=2"], ["carbon.zone=XXX", "seed=3"]])
     assert isinstance(found[0], specs.RunSpec)

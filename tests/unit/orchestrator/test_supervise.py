@@ -22,8 +22,8 @@ def event(kind: str, step: int = 0, **data: object) -> Event:
     return Event(time_utc="2026-01-01T00:00:00.000Z", kind=kind, step=step, detail=f"{kind} at {step}", data=data)
 
 
-def job(state: str = "RUNNING", left_s: float | None = 50_000.0) -> JobDetails:
-    return JobDetails(state=state, time_left_s=left_s)
+def job(state: str = "RUNNING", left_s: float | None = 50_000.0, preempted: bool = False) -> JobDetails:
+    return JobDetails(state=state, time_left_s=left_s, preempted=preempted)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,8 @@ def job(state: str = "RUNNING", left_s: float | None = 50_000.0) -> JobDetails:
         ("stopped", 0, job("CANCELLED"), False, 0, ("end", "user")),
         ("failed", 0, job(), False, 0, ("end", "person")),
         ("stopped", 0, job(left_s=100), False, 0, ("requeue", "timeout")),
-        ("stopped", 0, job(), False, 0, ("requeue", "preempted")),
+        ("stopped", 0, job(), False, 0, ("requeue", "signalled")),
+        ("stopped", 0, job(preempted=True), False, 0, ("requeue", "preempted")),
         ("stopped", 0, None, False, 0, ("requeue", "unknown")),
         ("stopped", 0, job("PENDING"), False, 0, ("release", "requeued")),
         (None, 137, job("PENDING"), False, 9, ("release", "requeued")),
@@ -240,6 +241,35 @@ def test_the_start_of_a_lost_node_leaves_the_job_alone_that_runs_elsewhere() -> 
     elsewhere = details("RUNNING", restarts=1)
     assert decide(None, 1, elsewhere, False, 0, 3, 180, restarts=0).act == "release"
     assert decide(None, 1, elsewhere, False, 0, 3, 180, restarts=1).act == "requeue"
+
+
+def test_a_slip_in_the_sites_own_check_fails_the_run_and_blames_no_node(
+    supervisor: _Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's srun is a script here, and runs the real check."""
+    run = supervisor.directory
+    spec = specs.compose(["cluster=slurm", "cluster.gpus_per_node=1", "cluster.preflight_command=nvidia-smii"])
+    run.spec.write_text(specs.to_yaml(spec))
+    srun = tmp_path / "srun"
+    srun.write_text(
+        f'#!/bin/sh\nfor last; do :; done\nSLURMD_NODENAME=node001 {sys.executable} -m slurm.preflight "$last"\n'
+    )
+    srun.chmod(0o755)
+    (tmp_path / "job.1").write_text(f"{RUNS} NodeList=node001")
+    (tmp_path / "node.1").write_text("")
+    assert supervisor.run() == 1
+    (failed,) = read_events(run.events)
+    assert failed.kind == "failed"
+    assert failed.detail.startswith("preflight: cluster.preflight_command cannot be run: exit code 127 bash: ")
+    assert "nvidia-smii" in failed.detail
+    assert not run.lemons.exists()
+    # where another node can run it, this one is unfit
+    said = {"node001": ["command: cluster.preflight_command cannot be run: exit code 127"], "node002": []}
+    words = "import json, pathlib, sys; results = pathlib.Path(json.loads(sys.argv[-1])['results'])"
+    srun.write_text(
+        f"#!{sys.executable}\n{words}\nfor n, w in {said}.items(): (results / f'{{n}}.json').write_text(json.dumps(w))\n"
+    )
+    assert list(supervisor._preflight(spec, ["node001", "node002"])) == ["node001"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which points a sweep has, where each lives, and how one that fails or is stopped leaves the others."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -126,7 +127,7 @@ def test_a_sweep_that_is_stopped_goes_on_with_the_same_command(
     ran: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["model=nano", "name=lrs", "optim.lr=1e-3,0.25,2e-3"]
-    assert sweep.launch_sweep(words) == 1
+    assert sweep.launch_sweep(words) == 0  # a stop that saved, as of a single run
     assert "run the same command again" in capsys.readouterr().out
     assert len(ran) == 2
     from orchestrator import sweep_report
@@ -228,7 +229,8 @@ def test_halving_goes_on_where_it_was_cut_off(trained: list[tuple[str, int]], mo
         return pretend(spec, overrides)
 
     monkeypatch.setattr(launch, "launch", cut)
-    assert sweep.launch_sweep(words, halving=20) == 1
+    with pytest.raises(KeyboardInterrupt):
+        sweep.launch_sweep(words, halving=20)
     assert sweep.launch_sweep(words, halving=20) == 0
     assert len(trained) == len(set(trained)) == 7
 
@@ -256,6 +258,7 @@ def test_more_points_than_an_array_takes_are_split_and_share_the_limit(
     monkeypatch.setattr(sweep_slurm, "_submit", submit)
     monkeypatch.setattr(sweep_slurm, "snapshot", lambda folder: folder)
     monkeypatch.setattr(queue, "max_array_size", lambda: 4)
+    (tmp_path / "tokenizer.json").touch()
     monkeypatch.setattr(launch, "_prepare", lambda console, spec: SimpleNamespace(root=tmp_path))
     words = ["model=nano", "name=many", "cluster=slurm", "cluster.gpus_per_node=1"]
     assert sweep.launch_sweep([*words, "seed=range(10)", "cluster.cpus_per_gpu=1,2"], limit_parallel=12) == 0
@@ -303,6 +306,41 @@ def test_a_stop_that_could_not_save_ends_the_sweep(
     assert "and not saved" in capsys.readouterr().out
 
 
+def test_each_point_has_a_place_of_its_own_for_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places: dict[str, str | None] = {}
+
+    def run(spec: RunSpec, overrides: Sequence[str]) -> int:
+        places[spec.name] = spec.checkpoint.url
+        raise KeyboardInterrupt if len(places) == 2 else Failure("enough is seen")
+
+    monkeypatch.setattr(launch, "launch", run)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.launch_sweep(["model=nano", "name=lr", "checkpoint.url=s3://bucket/x/", "optim.lr=1e-3,2e-3,3e-3"])
+    assert places == {name: f"s3://bucket/x/lr/{name}" for name in places}
+    assert len(places) == 2
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (StoppedUnsaved("no room"), 1)])
+def test_a_sweep_that_was_stopped_ends_as_its_point_did(
+    error: Exception | None,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def stopped(spec: RunSpec, overrides: Sequence[str]) -> int:
+        if error:
+            raise error
+        return 0  # and is not finished: it was stopped, and saved
+
+    monkeypatch.setattr(launch, "launch", stopped)
+    assert sweep.launch_sweep(["model=nano", "name=lr", "optim.lr=1e-3,2e-3"]) == code
+    assert re.search(r"stopped in lr=0?.001\S*[,:] .*To go on, run the same command again", capsys.readouterr().out)
+
+
 def test_points_on_slurm_are_forecast_begin_when_it_is_greenest_and_keep_off_lemons(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -312,6 +350,7 @@ def test_points_on_slurm_are_forecast_begin_when_it_is_greenest_and_keep_off_lem
     monkeypatch.setattr(sweep_slurm, "snapshot", lambda folder: folder)
     monkeypatch.setattr(queue, "max_array_size", lambda: 100)
     monkeypatch.setattr(queue, "queued", dict)
+    (tmp_path / "tokenizer.json").touch()
     monkeypatch.setattr(launch, "_prepare", lambda console, spec: SimpleNamespace(root=tmp_path))
     words = ["model=nano", "layout=fsdp", "cluster=slurm", "gpu=h100", "optim.batch_sequences=16", "seed=1,2"]
     with pytest.raises(UserError, match=r"seed=1-\w+: each rank needs [\d.]+ GB and gpu=h100 has 1 GB"):

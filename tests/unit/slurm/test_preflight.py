@@ -90,3 +90,6 @@ def test_the_sites_own_command(asked: dict[str, Any]) -> None:
     assert preflight.command({**asked, "command": "echo no fan >&2; exit 3"}) == (
         "cluster.preflight_command: exit code 3 no fan"
     )
+    assert str(preflight.command({**asked, "command": "nvidia-smii"})).startswith(
+        f"{preflight.CANNOT_RUN}: exit code 127 bash: "
+    )

@@ -30,3 +30,6 @@ def test_scontrol_show_job() -> None:
     )
     assert (details.state, details.time_left_s) == ("RUNNING", 86_420.0)
     assert parse_details("JobState=RUNNING RunTime=00:00:40 TimeLimit=UNLIMITED").time_left_s is None
+    assert not details.preempted
+    assert not parse_details("JobState=RUNNING PreemptTime=None").preempted
+    assert parse_details("JobState=RUNNING PreemptTime=2026-11-30T18:21:40").preempted

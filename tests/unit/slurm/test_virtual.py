@@ -71,3 +71,37 @@ def test_missing_daemons_are_told_with_the_command_that_installs_them(monkeypatc
     monkeypatch.setattr(virtual.shutil, "which", lambda program, path=None: None)
     with pytest.raises(ClusterError, match=r"apt-get install --no-install-recommends .*slurmctld"):
         virtual._check(Path("/tmp/x"), "x", 1, 1, accounting=True)
+
+
+def test_a_cluster_with_a_directory_of_its_own_has_a_name_of_its_own_for_slurm(temporary: Path) -> None:
+    def named(directory: Path) -> str:
+        more = {"nodes": 1, "gpus_per_node": 0, "accounting": False, "first_port": 1}
+        return virtual.VirtualCluster(directory=directory, name="virtual", **more).slurm_name  # type: ignore[arg-type]
+
+    assert named(virtual.default_directory("virtual")) == "virtual"
+    one, two = named(temporary / "one"), named(temporary / "two")
+    assert one == named(temporary / "one") != two
+    assert one.startswith("virtual-")
+    assert len(one) <= 40  # Slurm's most
+
+
+def test_a_directory_that_slurms_configuration_cannot_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("with space", "a#b", "a=b", "100%"):
+        monkeypatch.setattr(virtual, "missing_packages", lambda accounting: [])
+        with pytest.raises(ClusterError, match="Slurm's configuration takes no other in a path"):
+            virtual._check(tmp_path / name, "x", 1, 1, accounting=True)
+
+
+def test_what_is_refused_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual, "missing_packages", lambda accounting: [])
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").touch()
+    with pytest.raises(ClusterError, match="holds something else"):
+        virtual.VirtualCluster.up(nodes=1, directory=mine, name="x")
+    (tmp_path / "file").touch()
+    with pytest.raises(ClusterError, match="holds something else"):
+        virtual.VirtualCluster.up(nodes=1, directory=tmp_path / "file", name="x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"]

@@ -1,10 +1,14 @@
 """Preparation: every format, every broken file, twice at once and killed in the middle."""
 
+import fcntl
 import gzip
 import json
 import multiprocessing
 import os
+import random
+import shutil
 import signal
+import string
 from pathlib import Path
 
 import fsspec
@@ -13,7 +17,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from model.data import prepare as preparing
 from model.data.config import DataConfig, SourceConfig, TokenizerConfig
 from model.data.loader import Loader
 from model.data.prepare import PreparedData, prepare
@@ -90,6 +97,17 @@ def broken(tmp_path: Path, name: str, data: bytes) -> SourceConfig:
 
 
 GOOD = b'{"text": "good"}\n'
+LETTERS = "".join(random.Random(1).choices(string.ascii_letters, k=131_058))
+# Eight lines of 128 KiB each, a block of zstandard's: cut at a line's end, what is left is JSON without a fault.
+BLOCKS = b"".join(json.dumps({"text": LETTERS[i:] + LETTERS[:i]}).encode() + b"\n" for i in range(8))
+
+
+def parquet(cut: slice) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [LETTERS[i : i + 3000] for i in range(500)]}), sink)
+    data = bytearray(sink.getvalue().to_pybytes())
+    data[cut] = b"\xff" * len(data[cut])
+    return bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +116,40 @@ GOOD = b'{"text": "good"}\n'
         ("a.jsonl", GOOD + b'{"text": "torn\n', r"a\.jsonl:2: broken JSON"),
         ("a.jsonl", GOOD * 2 + b'{"body": "x"}\n', r"a\.jsonl:3: no field 'text' \(it has body\): set text_field"),
         ("a.jsonl", GOOD + b'{"text": 7}\n', r"a\.jsonl:2: field 'text' is int, not text"),
-        ("a.jsonl", GOOD + b'{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
-        ("a.txt", b"one\ntwo \xff\n", r"a\.txt:2: not UTF-8"),
+        (
+            "a.jsonl",
+            GOOD + b'{"text": "\xff"}\n',
+            r"a\.jsonl:2: not UTF-8 .*: write the file as UTF-8, or remove the line",
+        ),
+        ("a.txt", b"one\ntwo \xff\n", r"a\.txt:2: not UTF-8 .*: write the file as UTF-8"),
         ("a.jsonl.gz", gzip.compress(GOOD * 500, mtime=0)[:-20], r"a\.jsonl\.gz: broken compression"),
         ("a.jsonl.zst", b"not zstandard at all", r"a\.jsonl\.zst: broken compression"),
+        (
+            "a.jsonl.zst",
+            zstandard.compress(BLOCKS)[: len(zstandard.compress(BLOCKS)) // 2],
+            r"zst: broken compression \(T",
+        ),
+        ("a.txt.zst", zstandard.compress(BLOCKS)[:-1], r"a\.txt\.zst: broken compression \(Truncated"),
+        (
+            "a.jsonl.zst",
+            zstandard.compress(GOOD) * 9 + zstandard.compress(GOOD)[:3],
+            r"zst: broken compression \(Truncated",
+        ),
+        ("a.jsonl", GOOD + b"[" * 100_000, r"a\.jsonl:2: broken JSON \(nested too deeply\): mend or remove it"),
+        (
+            "a.jsonl",
+            GOOD + b'{"n": ' + b"1" * 5000 + b"}",
+            r"a\.jsonl:2: broken JSON \(a number of more than 4,300 digits\)",
+        ),
+        ("a.jsonl", (GOOD.decode() * 9).encode("utf-16"), r"a\.jsonl:1: looks like UTF-16 and must be UTF-8: iconv"),
+        ("a.jsonl", (GOOD.decode() * 9).encode("utf-16-be"), r"a\.jsonl:1: looks like UTF-16 and must be UTF-8"),
+        ("a.txt", "one\n".encode("utf-16-le"), r"a\.txt:1: looks like UTF-16 and must be UTF-8"),
+        (
+            "a.jsonl",
+            b'{"text": " "}\n' * 200,
+            r"a\.jsonl holds no document, but 200 that are empty: remove .* or add text",
+        ),
+        ("a.parquet", parquet(slice(500, 4000)), r"a\.parquet: damaged Parquet \("),
         ("a.parquet", b"PAR1 no", r"a\.parquet: not a whole Parquet file"),
         ("a.jsonl", b"", r"data\.sources\.only\.path=.*a\.jsonl holds no document"),
         ("a.unknown", b"x", r"set data\.sources\.only\.format to jsonl, text or parquet"),
@@ -111,12 +159,95 @@ def test_what_is_broken_is_named_with_file_and_line(tmp_path: Path, name: str, d
     with pytest.raises(ValueError, match=message):
         prepare(config(tmp_path, broken(tmp_path, name, data)))
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
-    assert not list((tmp_path / "cache").glob("*.building"))
+    assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.sources\.only\.path=.*nowhere\.jsonl does not exist"):
-        prepare(config(tmp_path, SourceConfig(path=str(tmp_path / "nowhere.jsonl"), proportion=1)))
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere.jsonl", r"nowhere\.jsonl does not exist: mend the path"),
+        ("*.jsonl", r"\*\.jsonl matches no file: mend the path"),
+        ("empty", r"empty is an empty folder: put files there, or mend the path"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"data\.sources\.only\.path=.*" + message):
+        prepare(config(tmp_path, SourceConfig(path=str(tmp_path / path), proportion=1)))
+
+
+def test_a_zst_of_many_frames_is_read_to_its_end(tmp_path: Path) -> None:
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0mark"  # pzstd and seekable files have such frames
+    lines = [json.dumps({"text": d}).encode() + b"\n" for d in DOCUMENTS]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zstandard.compress(line) + skippable for line in lines))
+    prepared = prepare(config(tmp_path, SourceConfig(path=str(tmp_path / "a.jsonl.zst"), proportion=1)))
+    assert sorted(all_text(prepared)) == sorted(DOCUMENTS)
+
+
+def test_what_is_there_under_a_globs_name_is_taken(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "br[1]" / "a[1].jsonl")
+    for taken in (path, path.parent):
+        prepared = prepare(config(tmp_path, SourceConfig(path=str(taken), proportion=1)))
+        assert prepared.sources["only"].documents == len(DOCUMENTS)
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*DOCUMENTS, "bad \ud800 surrogate", "whole \U0001f642"])
+    assert rb"bad \ud800 surrogate" in path.read_bytes()
+    prepared = prepare(config(tmp_path, SourceConfig(path=str(path), proportion=1)))
+    assert sorted(all_text(prepared)) == sorted([*DOCUMENTS, "bad \ufffd surrogate", "whole \U0001f642"])
+
+
+def test_empty_documents_are_counted_aloud(tmp_path: Path) -> None:
+    path, said = write_jsonl(tmp_path / "a.jsonl", [*DOCUMENTS, "", " \n"]), set[str]()
+    prepare(config(tmp_path, SourceConfig(path=str(path), proportion=1)), lambda what, *_: said.add(what))
+    assert "2 of 62 documents of only are empty" in said
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "/a", ".hidden", "", "a b", "manifest.json", "tokenizer.json"])
+def test_a_source_whose_name_is_no_folders_is_refused(name: str) -> None:
+    source = SourceConfig(path="x.jsonl", proportion=1)
+    (problem,) = DataConfig(name="test", sources={name: source}).problems()
+    assert problem.startswith(f"data.sources.{name}: a source's name becomes a folder's")
+    assert DataConfig(name="test", sources={"web-2.1_é": source}).problems() == []
+
+
+def test_what_can_be_no_cache_path_or_size_is_refused() -> None:
+    about = DataConfig(name="test", sources={"only": SourceConfig(path="", proportion=1)}, cache="s3://b/x")
+    about.tokenizer = TokenizerConfig(path="", train_bytes=0)
+    assert [problem.split(":")[0] for problem in about.problems()] == [
+        "data.sources.only.path is empty",
+        "data.tokenizer.path is empty",
+        "data.tokenizer.train_bytes=0 must be at least 1",
+        "data.cache=s3",
+    ]
+
+
+def test_a_source_that_is_held_out_whole_is_told_so(tmp_path: Path) -> None:
+    about = config(tmp_path, SourceConfig(path=str(write_jsonl(tmp_path / "a.jsonl")), proportion=1))
+    about.held_out_share = 1 - 1e-12
+    message = (
+        r"data\.sources\.only: all of its documents \(60\) are held out \(data\.held_out_share=1\), and none is left"
+    )
+    with pytest.raises(ValueError, match=message):
+        Loader(prepare(about), about, sequence_length=16, batch_sequences=8, seed=1, skips=[])
+
+
+def test_nobody_else_has_the_lock_that_was_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, waited = tmp_path / "a.lock", fcntl.flock, list[int]()
+
+    def flock(file: int, operation: int) -> None:
+        real(file, operation)
+        waited.append(operation)
+        if len(waited) == 1:  # whoever had it took it away
+            path.unlink()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with preparing._locked(path):
+        assert len(waited) == 2
+        with path.open("w") as another, pytest.raises(BlockingIOError):
+            real(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not path.exists()
 
 
 def test_copies_of_a_text_never_stand_on_both_sides(tmp_path: Path) -> None:
@@ -142,16 +273,89 @@ def test_changed_data_is_prepared_anew_and_the_same_data_is_not(tmp_path: Path) 
 
 def test_damage_is_seen(tmp_path: Path) -> None:
     about = config(tmp_path, SourceConfig(path=str(write_jsonl(tmp_path / "a.jsonl")), proportion=1))
+    root = prepare(about).root
+    for file in ("only/train-0000.bin", "only/held_out.bin", "only/counts.npy", "tokenizer.json"):
+        whole = (root / file).read_bytes()
+        data = bytearray(whole)
+        data[100] ^= 1
+        (root / file).write_bytes(data)
+        assert PreparedData.load(root).verify() == [str(root / file)]
+        with pytest.raises(
+            ValueError, match=rf"{file}: damaged, .*: delete {root} and launch again, which prepares it anew"
+        ):
+            prepare(about)
+        (root / file).write_bytes(whole)
+    assert prepare(about).verify() == []
+    shard = root / "only" / "train-0000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(
+        ValueError, match=rf"train-0000\.bin has [\d,]+ bytes, not [\d,]+: delete {root} and launch again"
+    ):
+        prepare(about)
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"train-0000\.bin is missing: delete {root} and launch again"):
+        prepare(about)
+    for manifest in (b"{", b"[]", b"\xff", b"{}"):
+        (root / "manifest.json").write_bytes(manifest)
+        with pytest.raises(ValueError, match=rf"manifest\.json is damaged \(.*\): delete {root} and launch again"):
+            prepare(about)
+    shutil.rmtree(root)
+    assert prepare(about).verify() == []
+
+
+def test_damage_of_what_is_too_large_to_verify_is_seen_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "VERIFIED_BYTES", 100)
+    about = config(tmp_path, SourceConfig(path=str(write_jsonl(tmp_path / "a.jsonl")), proportion=1))
+    root = prepare(about).root
+    for file in ("train-0000.bin", "held_out.bin"):
+        path = root / "only" / file
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    loader = Loader(prepare(about), about, sequence_length=16, batch_sequences=8, seed=1, skips=[])
+    message = rf"{{}} is damaged: it holds id 65,535 of a vocabulary of 400: delete {root}"
+    with pytest.raises(ValueError, match=message.format("train-0000.bin")):
+        loader.batch(0, 0, 1)
+    with pytest.raises(ValueError, match=message.format("held_out.bin")):
+        loader.held_out_rows("only", 1)
+
+
+def test_what_was_prepared_before_marks_were_recorded_is_read(tmp_path: Path) -> None:
+    about = config(tmp_path, SourceConfig(path=str(write_jsonl(tmp_path / "a.jsonl")), proportion=1))
+    path = prepare(about).root / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key in ("bos_id", "eos_id", "tokenizer_sha256"):
+        del manifest[key]
+    del manifest["sources"][0]["sha256"]["counts.npy"]
+    path.write_text(json.dumps(manifest))
+    assert sorted(all_text(prepare(about))) == sorted(DOCUMENTS)
+
+
+def test_documents_stand_between_the_marks_of_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
+    theirs = HuggingFaceTokenizer(models.BPE())  # GPT-2's form: " has id 1 and # id 2
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(
+        DOCUMENTS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[])
+    )
+    theirs.save(str(tmp_path / "plain.json"))
+    theirs.add_special_tokens(["<|endoftext|>"])
+    theirs.save(str(tmp_path / "gpt2.json"))
+    documents = [f'{d}"<|endoftext|>#' for d in DOCUMENTS]
+    about = config(tmp_path, SourceConfig(path=str(write_jsonl(tmp_path / "a.jsonl", documents)), proportion=1))
+    about.tokenizer = TokenizerConfig(path=str(tmp_path / "gpt2.json"), vocab_size=400)
     prepared = prepare(about)
-    shard = prepared.root / "only" / "train-0000.bin"
-    data = bytearray(shard.read_bytes())
-    assert prepared.verify() == []
-    data[100] ^= 1
-    shard.write_bytes(data)
-    assert prepared.verify() == [str(shard)]
-    shard.write_bytes(data[:-2])
-    with pytest.raises(ValueError, match=r"train-0000\.bin has \d+ bytes, not \d+"):
-        PreparedData.load(prepared.root)
+    end = theirs.token_to_id("<|endoftext|>")
+    tokens = np.fromfile(prepared.root / "only" / "train-0000.bin", dtype=prepared.dtype)
+    tokens = np.append(tokens, np.fromfile(prepared.root / "only" / "held_out.bin", dtype=prepared.dtype))
+    texts = [prepared.tokenizer().decode(t[1:].tolist()) for t in np.split(tokens, np.flatnonzero(tokens == end))]
+    assert sorted(filter(None, texts)) == sorted(documents)
+    assert (prepared.tokenizer().bos_id, prepared.tokenizer().eos_id) == (end, end)
+    about.tokenizer.path = str(tmp_path / "plain.json")
+    with pytest.raises(
+        ValueError, match=r"plain\.json has no tokens that mark a document's begin and end: its added_tokens"
+    ):
+        prepare(about)
 
 
 def _prepare_and_tell(about: DataConfig, queue: "multiprocessing.Queue[str]") -> None:

@@ -1,8 +1,11 @@
 """The tokenizer: LLaMA's way, and every text comes back as it went in."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from model.data.tokenizer import Tokenizer
@@ -56,3 +59,55 @@ def test_a_saved_tokenizer_is_a_standard_file_and_the_same(tmp_path) -> None:  #
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size=200 must be above 259"):
         Tokenizer.train(TEXT, 200)
+
+
+def saved(path: Path, vocab: list[str], *special: str) -> str:
+    tokenizer = HuggingFaceTokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=[]))
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("special", "bos", "eos"),
+    [
+        (("<pad>", "<s>", "</s>"), "<s>", "</s>"),
+        (("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"), "<|begin_of_text|>", "<|end_of_text|>"),
+        (("<|endoftext|>",), "<|endoftext|>", "<|endoftext|>"),
+    ],
+)
+def test_the_marks_of_a_tokenizer_of_ones_own_are_found(
+    tmp_path: Path, special: tuple[str, ...], bos: str, eos: str
+) -> None:
+    vocab = ["a", "b", *"<|>_/"]
+    tokenizer = Tokenizer.load(saved(tmp_path / "t.json", vocab, *special))
+    ids = {token: len(vocab) + i for i, token in enumerate(special)}
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (ids[bos], ids[eos])
+    assert tokenizer.special_tokens() == {"bos_token": bos, "eos_token": eos}
+    assert tokenizer.vocab_size == len(vocab) + len(special)
+    assert tokenizer.decode([0, *ids.values(), 1]) == "a b"  # a BPE without a decoder joins by spaces
+
+
+def test_ids_with_gaps_count_to_the_largest(tmp_path: Path) -> None:
+    tokenizer = HuggingFaceTokenizer(models.BPE(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "a": 400}, merges=[]))
+    tokenizer.save(str(tmp_path / "t.json"))
+    assert Tokenizer.load(str(tmp_path / "t.json")).vocab_size == 401
+
+
+def test_a_tokenizer_without_special_marks_is_refused(tmp_path: Path) -> None:
+    plain = HuggingFaceTokenizer(models.BPE(vocab={"a": 0, "<s>": 1, "</s>": 2}, merges=[]))
+    plain.add_tokens([AddedToken("<|endoftext|>", special=False)])
+    plain.save(str(tmp_path / "plain.json"))
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer\.path=.*plain\.json has no tokens that mark .* <\|endoftext\|>"
+    ):
+        Tokenizer.load(str(tmp_path / "plain.json"))
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path=.* is a folder: name the tokenizer\.json in it"):
+        Tokenizer.load(str(tmp_path))
+    (tmp_path / "latin.json").write_bytes(b'{"\xe9": 1}')
+    with pytest.raises(ValueError, match=r"latin\.json is no tokenizer\.json: not UTF-8"):
+        Tokenizer.load(str(tmp_path / "latin.json"))
+
+
+def test_ones_own_specials_are_named_for_others() -> None:
+    assert TOKENIZER.special_tokens() == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}

@@ -197,7 +197,7 @@ def test_clocks_a_little_apart_are_no_reset():
 
 def test_what_was_never_measured_counts_nothing_and_is_told():
     found = consumption([tick(T0, gpu(T0))], {("r", 1): (T0, T0 + 60)})
-    assert (total(found), found.unmeasured_device_s) == (0, 60)
+    assert (total(found), sum(found.unmeasured_device_s.values())) == (0, 60)
 
 
 # --------------------------------------------------------------------------------------------------------- properties

@@ -14,7 +14,7 @@ from orchestrator.errors import UserError
 from orchestrator.record import JsonlWriter, StepRecord, utc_now
 from orchestrator.run_dir import RunDir
 from orchestrator.spikes import replay
-from orchestrator.spikes.finding import Kind
+from orchestrator.spikes.finding import Finding, Kind
 
 SPIKE_AT = 300
 
@@ -137,6 +137,101 @@ def test_the_picture_stands_by_itself_and_marks_the_spike(tmp_path: Path) -> Non
     titles = [t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}title")]
     assert any(t.startswith(f"step {SPIKE_AT + 1}, spike") for t in titles)
     assert drawn.count("http") == 1  # the namespace: nothing is fetched
+
+
+def noisy(path: Path, steps: list[int], spike_at: int = 0) -> Path:
+    """The steps in this order; a spike that a run trains through."""
+    rng = random.Random(3)
+    bump = {s: 2 * math.exp(-(s - spike_at) / 8) if 0 < spike_at <= s else 0.0 for s in steps}
+    losses = [f"{s},{2.5 + 8 * (1 + s / 30) ** -0.5 + rng.gauss(0, 0.03) + bump[s]}" for s in steps]
+    path.write_text("\n".join(["step,loss", *losses]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rule", "count", "judged"),
+    [
+        ("cusum", 1, 0),
+        ("cusum", 30, 0),
+        ("cusum", 40, 9),
+        ("zscore", 40, 8),
+        ("olmo_skip_step", 70, 6),
+        ("kill_loss_spike", 105, 5),
+        ("zclip", 40, 0),
+    ],
+)
+def test_says_how_many_steps_were_judged(tmp_path: Path, rule: str, count: int, judged: int) -> None:
+    result = replay.run_over(noisy(tmp_path / "log.csv", list(range(1, count + 1))), rule)
+    assert result.judged == result.summary()["judged"] == judged
+    assert f"{judged} of {count} judged" in replay.table(result)
+    assert ("nothing was judged" in replay.table(result)) == (judged == 0)
+
+
+def test_zclip_judges_after_its_warmup_where_there_are_gradient_norms(tmp_path: Path) -> None:
+    assert replay.run_over(csv_log(tmp_path / "log.csv"), "zclip").judged == 400 - 25
+
+
+def test_rows_that_are_no_observation_are_counted(tmp_path: Path) -> None:
+    log = noisy(tmp_path / "log.csv", list(range(1, 101)))
+    log.write_text(log.read_text() + "101,abc\n102,\n103,3,5\n")
+    result = replay.run_over(log, "cusum")
+    assert (len(result.observations), result.log.unreadable, result.log.without_loss) == (100, 2, 1)
+    assert "2 rows were not read, the first: row 101 has loss abc" in replay.table(result)
+    assert "1 row was passed over" in replay.table(result)
+    lines = tmp_path / "log.jsonl"
+    lines.write_text('{"step": 1, "loss": 3}\n{"torn')
+    assert replay.run_over(lines, "cusum").summary()["unreadable_rows"] == 1
+
+
+def test_a_step_that_is_there_again_undoes_the_earlier_rows_and_the_table_says_so(tmp_path: Path) -> None:
+    again = noisy(tmp_path / "again.csv", [*range(1, 1001), *range(701, 2001)], spike_at=1201)
+    result = replay.run_over(again, "cusum")
+    assert [o.step for o in result.observations] == list(range(1, 2001))
+    assert (result.log.undone, result.log.returns) == (300, 1)
+    assert "300 rows were undone: the log goes back to an earlier step once" in replay.table(result)
+    assert "sort it" not in replay.table(result)
+    (alarm,) = [a for a in result.alarms if a.stopping]
+    assert (alarm.kind, alarm.onset_step) == (Kind.SPIKE, 1201)
+    both = replay.run_over(again, "cusum", undone=True)
+    assert len(both.observations) == 2300
+    assert "all are judged" in replay.table(both)
+    unsorted = noisy(tmp_path / "unsorted.csv", [*range(100, 0, -1)])
+    assert "99 rows were undone" in replay.table(replay.run_over(unsorted, "cusum"))
+    assert "sort it by its steps" in replay.table(replay.run_over(unsorted, "cusum"))
+
+
+def test_an_alarm_tells_kind_step_and_reason_of_one_finding_and_what_followed_with_its_step() -> None:
+    seen = [
+        Finding(Kind.SHIFT, 10, 9, 1.0, "calm"),
+        Finding(Kind.SPIKE, 12, 11, 1.0, "loss 4.48"),
+        Finding(Kind.OK, 13, 13, 0.0, ""),
+        Finding(Kind.SLOW_DIVERGENCE, 30, 2, 1.0, "loss 3.006"),
+        Finding(Kind.SPIKE, 31, 11, 1.0, "loss 5"),
+        Finding(Kind.SPIKE, 20, 19, 1.0, "trained again"),
+    ]
+    one, again = replay.alarms(seen)
+    assert (one.kind, one.first_step, one.last_step, one.onset_step) == (Kind.SPIKE, 12, 31, 11)
+    assert one.reason == "loss 4.48; then slow divergence at step 30: loss 3.006"
+    assert (again.first_step, again.reason) == (20, "trained again")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "it has no rows"),
+        ("step,loss\n", "it has a header line (step, loss) and no rows"),
+        ("a,loss\n1,2\n", "it has no step column (step, _step, global_step, iteration); what it has: a, loss"),
+        ("step;loss\n1;3,5\n", "separate the columns by commas, not by ';'"),
+        ('step,loss\n1,"3,5"\n', "row 1 has loss 3,5, which is no number (a decimal comma?)"),
+        ("step,loss\n1,3,5\n", "row 1 has more cells than columns (a decimal comma?)"),
+    ],
+)
+def test_a_log_without_a_loss_is_told_what_is_wrong_with_it(tmp_path: Path, content: str, said: str) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text(content)
+    with pytest.raises(UserError) as error:
+        replay.run_over(log, "cusum")
+    assert said in str(error.value)
 
 
 def heights(drawn: str) -> tuple[list[float], float]:
