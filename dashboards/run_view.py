@@ -76,7 +76,7 @@ class LogError:
 @dataclass(frozen=True, kw_only=True)
 class RunView:
     name: str
-    state: str  # finished, stopped, training, or no sign of life
+    state: str  # finished, failed, stopped, stopping, queued, cancelled, dropped, training, not started, or no sign of life
     updated_s: float  # the newest sign of life, Unix
     steps_planned: int
     steps_done: int

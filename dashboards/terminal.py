@@ -19,7 +19,12 @@ from dashboards.run_view import RunView
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SHOWN = ("loss", "grad_norm", "tokens_per_s", "mfu", "step_time", "memory")  # of the list of panels, by key
 _TOLD = {line.source.removeprefix("event.") for p in PANELS if p.key == "events" for line in p.lines} | {"evaluated"}
-_STATES = {"finished": "green", "training": "blue", "stopped": "yellow", "failed": "red", "no sign of life": "red"}
+_STATES = {
+    **dict.fromkeys(("training", "stopping", "queued"), "blue"),
+    **dict.fromkeys(("stopped", "cancelled", "dropped"), "yellow"),
+    **dict.fromkeys(("failed", "no sign of life"), "red"),
+    "finished": "green",
+}
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
@@ -85,6 +90,9 @@ def as_json(run: RunView) -> dict[str, Any]:
         "seconds": {f"{kind}_s": round(s, 3) for kind, s in run.seconds.items()},
         "attempts": len(run.attempts),
         "energy_kwh": run.statement.energy_kwh.central if run.statement and run.statement.energy_kwh else None,
+        "site_energy_kwh": run.statement.site_energy_kwh.central
+        if run.statement and run.statement.site_energy_kwh
+        else None,
         "co2e_kg": run.statement.co2e_kg.central if run.statement and run.statement.co2e_kg else None,
         "last_events": [{"kind": e.kind, "step": e.step, "detail": e.detail} for e in run.events[-6:]],
         "log_errors": [f"{e.file}:{e.line} {e.text}" for e in run.log_errors],

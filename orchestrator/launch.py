@@ -48,7 +48,7 @@ _STRIPE = 0.25  # seconds between two looks at a run that is followed
 
 _SHOWN = set(
     "evaluated resumed withheld recomputed spike rewound recovered budget faults save_failed passed_over stopped"  # noqa: SIM905
-    " hung restarted straggler save_interval profiled".split()
+    " hung restarted straggler save_interval profiled time_limit".split()
 )
 
 # What may change between two starts of one run: where and how it runs, not what it computes.

@@ -28,6 +28,8 @@ from orchestrator.run_dir import RunDir
 from orchestrator.spec import RunSpec
 
 SILENT_AFTER_S = 300.0  # without a record or event: a run that has not ended is "without a sign of life"
+REQUEUED_WITHIN_S = 60.0  # after its ranks have stopped, a job that goes on is back in the queue
+ENDED = ("finished", "failed", "stopped", "cancelled", "dropped")  # states in which nothing more comes by itself
 POWER_BINS = 600
 POWER_LEDGER_BYTES = 64 << 20  # of more than this, some nodes stand for all
 SPANS = 6000  # of all attempts together
@@ -67,7 +69,7 @@ def _view(
     windows = attempt_windows(short, events)
     spans = timeline(short, events)
     updated_s = max((end_s for _, end_s in windows.values()), default=paths.spec.stat().st_mtime)
-    state = _state(events, updated_s, now_s)
+    state = _state(paths, events, updated_s, now_s)
     seconds = _seconds(spans, windows)
     power_w, power_note = _power(paths, windows)
     statement = account([accounted(paths.root)], ask_slurm=False)[0]
@@ -124,15 +126,25 @@ def _undone_curve(undone: StepColumns, buckets: int) -> Curve:
     return found
 
 
-def _state(events: Sequence[Event], updated_s: float, now_s: float) -> str:
+def _state(paths: RunDir, events: Sequence[Event], updated_s: float, now_s: float) -> str:
+    """As the run directory alone tells it."""
     if any(e.kind == "finished" for e in events):
         return "finished"
-    last = events[-1].kind if events else None
-    if last in ("stopped", "failed"):
-        return str(last)
-    if now_s - updated_s > SILENT_AFTER_S:
+    if not events:
+        return "cancelled" if paths.cancelled.exists() else "not started"
+    last = events[-1]
+    if last.kind in ("failed", "cancelled", "dropped"):
+        return last.kind
+    if last.kind == "requeued":
+        return "queued"
+    if last.kind != "stopped" and now_s - updated_s <= SILENT_AFTER_S:
+        return "training"
+    if paths.cancelled.exists():
+        return "cancelled"
+    if last.kind != "stopped":
         return "no sign of life"
-    return "training" if events else "not started"
+    requeues = paths.submission.exists() and not last.data.get("paused")  # Slurm's side will say in a moment
+    return "stopping" if requeues and now_s - unix_s(last.time_utc) < REQUEUED_WITHIN_S else "stopped"
 
 
 def _headline(

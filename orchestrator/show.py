@@ -11,7 +11,7 @@ from dashboards.serve import HOST, server
 from dashboards.terminal import frame
 from orchestrator.carbon_report import run_dirs
 from orchestrator.errors import UserError
-from orchestrator.page_data import RunFollower
+from orchestrator.page_data import ENDED, RunFollower
 from orchestrator.run_dir import RunDir
 
 
@@ -61,10 +61,10 @@ def watch(root: Path, every_s: float) -> None:
     follower = followers([root])[0]
     view, seen = follower.view(), follower.fingerprint()
     with contextlib.suppress(KeyboardInterrupt), Live(frame(view), auto_refresh=False) as live:
-        while view.state not in ("finished", "failed", "stopped"):
+        while view.state not in ENDED:
             time.sleep(every_s)
             now = follower.fingerprint()
-            if now != seen or view.state == "training":  # a run that falls silent writes nothing
+            if now != seen or view.state in ("training", "stopping"):  # a run that falls silent writes nothing
                 view, seen = follower.view(), now
                 live.update(frame(view), refresh=True)
 

@@ -117,7 +117,8 @@ class RunSpec:
         )
         for section in sections:
             found += section.problems()
-        found += self.profile.problems(self.steps, self.cluster.gpus)
+        if not self.cluster.problems():
+            found += self.profile.problems(self.steps, self.cluster.gpus)
         if not self.carbon.problems():
             found += place_problems(self.carbon)
         if (ids := self.data.tokenizer.vocab_size) > self.model.vocab_size:
@@ -158,11 +159,15 @@ class RunSpec:
 
 def name_problems(name: str) -> list[str]:
     """Of a run or a sweep: a folder below run_root, and not one of those that are not for people (runs/.data)."""
-    if name.isprintable() and all(part.strip() and not part.startswith(".") for part in name.split("/")):
+    if (
+        name.isprintable()
+        and "%" not in name
+        and all(part.strip() and not part.startswith(".") for part in name.split("/"))
+    ):
         return []
     return [
         f"name={name!r} must name a folder below run_root, such as name=mine or name=group/mine: not empty, not absolute, "
-        "no part beginning with a dot, no line break"
+        "no part beginning with a dot, no line break, no % (which Slurm replaces)"
     ]
 
 

@@ -135,7 +135,12 @@ def _submit(root: Path, runs: Sequence[RunSpec], start: Start | None, code: str,
     folder.mkdir(exist_ok=True)
     lines = folder / f"{token}.txt"
     lines.write_text("".join(f"{run.run_dir}\n" for run in runs))
-    journal = {"points": [run.name for run in runs], "job_id": None, "time_s": time.time()}
+    journal = {
+        "points": [run.name for run in runs],
+        "job_id": None,
+        "time_s": time.time(),
+        "run_dir": str(folder.resolve()),
+    }
     request = JobRequest(
         name=root.name,
         entry=launching.WORKER,
@@ -158,8 +163,14 @@ def _submitted(root: Path, path: Path, job_id: str) -> None:
     """Into the journal, and into each point's own, so that `arriero status` and `cancel` know its job."""
     journal = json.loads(path.read_text())
     for task, name in enumerate(journal["points"]):
-        entry = {"token": f"{path.stem}.{task}", "job_id": f"{job_id}_{task}", "time_s": time.time()}
-        launching._write(RunDir(root / name).submission, json.dumps(entry))
+        point = RunDir((root / name).resolve())
+        entry = {
+            "token": f"{path.stem}.{task}",
+            "job_id": f"{job_id}_{task}",
+            "time_s": time.time(),
+            "run_dir": str(point.root),
+        }
+        launching._write(point.submission, json.dumps(entry))
     launching._write(path, json.dumps({**journal, "job_id": job_id}))
 
 
@@ -170,6 +181,9 @@ def live_points(root: Path) -> dict[str, str] | None:
     if not paths:
         return {}
     journals = {path: json.loads(path.read_text()) for path in paths}
+    journals = {
+        path: journal for path, journal in journals.items() if not queue.written_for(path, journal)
+    }  # no copies
     for path, journal in journals.items():
         if not journal["job_id"]:
             sbatch_settled(path.with_suffix(".lock"))
