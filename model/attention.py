@@ -62,7 +62,11 @@ def causal_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, context: Co
 
 def _attend(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
     """Causal, where the last query stands at the last key."""
-    queries, keys = q_BTNH.shape[1], k_BTNH.shape[1]
+    queries, keys, groups = q_BTNH.shape[1], k_BTNH.shape[1], q_BTNH.shape[2] // k_BTNH.shape[2]
+    if (
+        groups > 1 and q_BTNH.is_cuda and q_BTNH.dtype == torch.float32
+    ):  # the one kernel that takes fp32 knows no groups
+        k_BTNH, v_BTNH, groups = k_BTNH.repeat_interleave(groups, 2), v_BTNH.repeat_interleave(groups, 2), 1
     with sdpa_kernel(FUSED, set_priority=True):
         out_BNTH = scaled_dot_product_attention(
             q_BTNH.transpose(1, 2),
@@ -70,7 +74,7 @@ def _attend(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
             v_BTNH.transpose(1, 2),
             attn_mask=None if queries == keys else causal_lower_right(queries, keys),
             is_causal=queries == keys,
-            enable_gqa=q_BTNH.shape[2] != k_BTNH.shape[2],
+            enable_gqa=groups > 1,
         )
     return out_BNTH.transpose(1, 2)
 

@@ -145,6 +145,8 @@ class Trainer:
             rows_BT = self.next_batch()
             data_s = time.perf_counter() - started
             loss, grad_norm, stopping, out_of_turn = self.forward_backward(rows_BT)
+            if stopping:  # before the save: whoever asks may not leave time after it
+                self.stop_reasons = self._of_every_rank(self.asked)
             act, max_norm = "apply", self.config.optim.grad_clip
             if self.watch.withhold(self.step + 1, loss, grad_norm.item()):
                 act, loss, grad_norm = self.compute_again(rows_BT)
@@ -169,8 +171,6 @@ class Trainer:
                 continue
             if self.step % self.config.eval_every_steps == 0 or self.step == self.config.steps:
                 self.evaluate()
-            if stopping:  # before the save: whoever asks may not leave time after it
-                self.stop_reasons = self._of_every_rank(self.asked)
             due = self.step >= min(self.schedule.next_step, self.config.steps)
             if due or stopping or out_of_turn:
                 self.save(wait=stopping or self.step == self.config.steps)

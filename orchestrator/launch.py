@@ -26,7 +26,7 @@ from dashboards.curve import loss_curve_svg
 from dashboards.wandb_run import has_key
 from model.checkpoint.policy import RUN, of_another_run
 from model.checkpoint.storage import Storage
-from model.data.prepare import PreparedData, prepare, reopen
+from model.data.prepare import OtherTokens, PreparedData, prepare, reopen
 from orchestrator import spec as specs
 from orchestrator.carbon_report import carbon_sentence
 from orchestrator.console import plain_console
@@ -40,8 +40,8 @@ from orchestrator.snapshot import snapshot
 from orchestrator.spec import RunSpec
 from orchestrator.spikes.watch import stopped_for_a_person
 from slurm.lemons import excluded
-from slurm.request import JobRequest, Refused
-from slurm.submit import Job, find, sbatch_script, submit, submit_once
+from slurm.request import CannotSubmit, JobRequest, Refused
+from slurm.submit import Job, find, forget, sbatch_script, submit, submit_once
 
 WORKER = "orchestrator.worker:main"
 _STRIPE = 0.25  # seconds between two looks at a run that is followed
@@ -74,7 +74,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
     run_dir, now_s = RunDir(spec.run_dir.resolve()), time.time()
     if (run_dir.root / SWEEP).exists() and not run_dir.spec.exists():
         raise UserError(f"{_short(run_dir.root)} is the directory of a sweep: give this run another name (name=...)")
-    for above in PurePath(spec.name).parents[:-1]:
+    for above in PurePath(spec.name).parents[:-1] if not run_dir.spec.exists() else ():
         if RunDir(Path(spec.run_root) / above).spec.exists():
             raise UserError(
                 f"name={spec.name} lies in the directory of the run {above}: give it another name (name=...)"
@@ -91,7 +91,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
             f"{_short(run_dir.root)} was stopped for a person to look at it.\n{why}\n"
             "To go on from its newest checkpoint, change what spikes.* allows, or choose spikes=watch."
         )
-    if job_id := find(run_dir.submission):
+    if job_id := _live_job(console, spec, run_dir):
         if spec.cluster.kind != "slurm":
             raise UserError(
                 f"{_short(run_dir.root)} is in the queue of Slurm already, or runs: job {job_id}. `arriero cancel "
@@ -136,7 +136,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
             return _submit(console, spec, run_dir, start)
         except Refused:
             if is_new:
-                shutil.rmtree(run_dir.root, ignore_errors=True)
+                forget(run_dir.submission, run_dir.root)
             raise
     before = len(read_events(run_dir.events))
     job = submit(JobRequest(name=spec.name, entry=WORKER, run_dir=str(run_dir.root), cluster=spec.cluster))
@@ -159,12 +159,22 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
                 f"stopped at step {stopped.step:,} of {spec.steps:,}, and not saved: the newest checkpoint is {newest}. Mend "
                 f"what the save_failed events in {_short(run_dir.events)} tell; the same command goes on from there"
             )
-        why = str(stopped.data.get("why"))
+        why = stopped.data.get("why") or "SIGTERM"
         way_on = "To go on, run the same command again" if why.startswith("SIG") else why
         console.print(f"\nStopped and saved at step {stopped.step:,} of {spec.steps:,}. {way_on}.")
         return 0
     _print_summary(console, spec, run_dir)
     return 0
+
+
+def _live_job(console: Console, spec: RunSpec, run_dir: RunDir) -> str | None:
+    try:
+        return find(run_dir.submission)
+    except CannotSubmit:
+        if spec.cluster.kind == "slurm" or shutil.which("squeue"):
+            raise
+    console.print("not asked          whether Slurm has a job of this run: this machine has no squeue")
+    return None
 
 
 def _tell_failed(run_dir: RunDir, job_id: str, failure: str) -> None:
@@ -220,10 +230,10 @@ def _ask_store(spec: RunSpec, run_dir: RunDir) -> None:
         storage, probe = Storage(url, retries=0), f".asked-{uuid.uuid4().hex}"
         storage.put(probe, b"")
         storage.remove_file(probe)
-        owner = storage.read(RUN).decode() if RUN in storage.list() else ""
+        owner = storage.read(RUN).decode().strip() if RUN in storage.list() else ""
     except Exception as error:  # whatever the store's client raises
         raise Failure(f"checkpoint.url={url} takes no file: {error}") from None
-    mine = run_dir.run_id.read_text().strip() if run_dir.run_id.exists() else f"{spec.name} (new)"
+    mine = run_dir.identity() or f"{spec.name} (new)"
     if owner and owner != mine:
         raise UserError(of_another_run(url, owner, mine))
 
@@ -241,7 +251,7 @@ def _ask_gpus(spec: RunSpec) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Failure(f"torch could not be asked for GPUs: {done.stderr[-2000:].strip()}")
-    found, ranks = int(done.stdout), spec.cluster.gpus_per_node
+    found, ranks = int(done.stdout.split()[-1]), spec.cluster.gpus_per_node
     if found < ranks:
         raise UserError(
             f"gpu={spec.gpu.name} needs a GPU for each of cluster.gpus_per_node={ranks} rank(s), and torch finds {found} on this "
@@ -335,7 +345,8 @@ def write_run_dir(spec: RunSpec, run_dir: RunDir, overrides: Sequence[str], prep
     _write(run_dir.spec, specs.to_yaml(spec), first=True)
     _refuse_changed(run_dir, spec)  # also where another launch of this name was faster
     _write(run_dir.spec, specs.to_yaml(spec))
-    _write(run_dir.run_id, f"{spec.name}-{uuid.uuid4().hex[:12]}\n", first=True)
+    identity = run_dir.identity() or f"{spec.name}-{uuid.uuid4().hex[:12]}"  # a copy is a run of its own from here on
+    _write(run_dir.run_id, f"{identity}\n{run_dir.root}\n", first=not run_dir.run_id.exists())
     _write(run_dir.data, f"{prepared.root.resolve()}\n")
     shutil.copyfile(prepared.root / "tokenizer.json", run_dir.tokenizer)
     _write(run_dir.overrides, "".join(f"{o}\n" for o in overrides))
@@ -386,8 +397,11 @@ def _write(path: Path, text: str, first: bool = False) -> None:
     if not first:
         temporary.replace(path)
         return
-    with contextlib.suppress(OSError):  # it is there, or this file system has no links
+    try:
         os.link(temporary, path)
+    except OSError:  # it is there, or this file system has no links
+        with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+            file.write(text)
     temporary.unlink()
 
 
@@ -421,22 +435,23 @@ def _environment() -> dict[str, Any]:
 
 def prepared_for(console: Console, spec: RunSpec, run_dir: RunDir) -> PreparedData:
     """The tokens of the run's first start, whatever has become of the texts since; prepared where there was none."""
-    before = Path(run_dir.data.read_text().strip()) if run_dir.data.exists() else None
-    if before is not None and (before / "manifest.json").exists():
-        try:
-            return reopen(before)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    prepared = _prepare(console, spec)
-    if before is not None and prepared.root.name != before.name:
-        raise UserError(
-            f"{_short(run_dir.root)} trains on the tokens of {before}, which is gone, and the same texts give others now "
-            f"({prepared.root.name}): put that folder or the texts back, or launch another run with name=..."
-        )
-    return prepared
+    if not run_dir.data.exists():
+        return _prepare(console, spec)
+    before = Path(run_dir.data.read_text().strip())
+    for place in (
+        before,
+        Path(spec.data.cache) / before.name,
+    ):  # moved with the run, and named from where this is launched
+        if (place / "manifest.json").exists():
+            try:
+                return reopen(place)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+    return _prepare(console, spec, before)
 
 
-def _prepare(console: Console, spec: RunSpec) -> PreparedData:
+def _prepare(console: Console, spec: RunSpec, before: Path | None = None) -> PreparedData:
+    """`before`: the folder of tokens that the run has begun with. Others are refused, before any is made."""
     started = time.monotonic()
     said: list[str] = []
 
@@ -446,7 +461,13 @@ def _prepare(console: Console, spec: RunSpec) -> PreparedData:
             console.print(f"  {what} ...")
 
     try:
-        prepared = prepare(spec.data, progress)
+        prepared = prepare(spec.data, progress, expected=before.name if before else None)
+    except OtherTokens as error:
+        raise UserError(
+            f"{spec.name} trains on the tokens of {before}, which is neither there nor in data.cache={spec.data.cache}, and its "
+            f"texts would give others now ({error}): put that folder, or the texts as they were, back, or launch another run "
+            "with name=..."
+        ) from None
     except ValueError as error:
         raise UserError(str(error)) from None
     except OSError as error:  # a full disk names no file

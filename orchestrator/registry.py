@@ -167,6 +167,8 @@ def _state(
         cancelled = "; being cancelled" if run.cancelled.exists() else ""
         if job.state == "PENDING":
             return "queued", job.reason + cancelled
+        if last and last is supervised and last.kind == "failed" and last.data.get("job_id") == job_id:
+            return "failed", last.detail  # the job is about to end
         return "running", (
             f"{job.state.lower()} for {job.elapsed}" + (f" on {job.node_list}" if job.node_list else "")
         ) + cancelled

@@ -34,8 +34,21 @@ class RunDir:
 
     @property
     def run_id(self) -> Path:
-        """One line, made with the directory: who the run is, whatever its directory is called later."""
+        """Made with the directory: a line that says who the run is, whatever its directory is called later, and one that says
+        where it was made."""
         return self.root / "run_id.txt"
+
+    def identity(self) -> str | None:
+        """Who the run is; None where nobody has said so yet, and in a copy beside the run itself."""
+        try:
+            identity, made_at = self.run_id.read_text().splitlines()
+        except (OSError, ValueError):
+            return None
+        origin = RunDir(Path(made_at)).run_id
+        with contextlib.suppress(OSError):
+            if not origin.samefile(self.run_id) and origin.read_text() == self.run_id.read_text():
+                return None
+        return identity
 
     @property
     def tokenizer(self) -> Path:

@@ -316,7 +316,8 @@ class _Supervisor:
         shutil.rmtree(results, ignore_errors=True)
         unfit: dict[str, list[str]] = {n: why for n, why in said.items() if why}
         unrun = [w for why in unfit.values() for w in why if CANNOT_RUN in w]
-        if unrun and len(unrun) == len(said):
+        begun = any(e.kind == "started" for e in read_events(self.directory.events))
+        if unrun and len(unrun) == len(nodes) and (len(nodes) > 1 or not begun):  # of one alone a mount may be gone
             raise _NoCheck(unrun[0].partition(": ")[2])  # a slip of the pen, and no node's fault
         waited = f" in {wait_s:g} s" if code == 124 else f" (srun: exit code {code})"
         silent = [f"no answer{waited} {error[-200:]}".rstrip()]

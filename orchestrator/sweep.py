@@ -166,7 +166,7 @@ def launch_sweep(
         return _launch_sweep(overrides, config_dir, limit_parallel, wait, halving)
     except _Stopped as stopped:  # by Ctrl-C, which the point has heard itself
         print(f"{stopped}. To go on, run the same command again.")
-        return 0 if stopped.saved else 1
+        return 0 if stopped.well else 1
 
 
 def _launch_sweep(
@@ -269,7 +269,9 @@ def _launch_search(
 def _place(spec: RunSpec, point: Point, root: Path) -> None:
     """A point's own directory, and its own place of checkpoints."""
     spec.name, spec.run_root = point.directory, str(root)
-    if spec.checkpoint.url:
+    if (begun := RunDir(spec.run_dir).spec).exists():  # also under another name of the sweep
+        spec.checkpoint.url = specs.load(begun).checkpoint.url
+    elif spec.checkpoint.url:
         spec.checkpoint.url = f"{spec.checkpoint.url.rstrip('/')}/{root.name}/{point.directory}"
 
 
@@ -435,9 +437,9 @@ def _tell(spec: RunSpec, kind: str, step: int, detail: str) -> None:
 
 
 class _Stopped(Exception):
-    def __init__(self, words: str, saved: bool) -> None:
+    def __init__(self, words: str, well: bool) -> None:
         super().__init__(words)
-        self.saved = saved
+        self.well = well  # by hand, and saved
 
 
 def _composed(points: Sequence[Point], config_dir: Path | None) -> list[RunSpec]:
@@ -479,7 +481,7 @@ def _run(head: str, point: Point, spec: RunSpec, pause_step: int | None = None) 
         with (run_dir.logs / "launch.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             launching.launch(spec, point.overrides)
     except StoppedUnsaved as error:
-        raise _Stopped(f"stopped in {point.directory}: {error}", saved=False) from None
+        raise _Stopped(f"stopped in {point.directory}: {error}", well=False) from None
     except (UserError, Failure) as error:
         failure = str(error)
     except Exception as error:
@@ -494,7 +496,10 @@ def _run(head: str, point: Point, spec: RunSpec, pause_step: int | None = None) 
     if not _finished(spec):
         if pause_step and _steps_done(spec) >= pause_step:
             return True
-        raise _Stopped(f"stopped in {point.directory}, saved", saved=True)
+        stopped = [e for e in read_events(run_dir.events) if e.kind == "stopped"]
+        why = stopped[-1].data.get("why") if stopped else None
+        by_hand = why in (None, "SIGINT", "SIGTERM")  # not by a budget or a time limit, which the others would meet too
+        raise _Stopped(f"stopped in {point.directory}, saved" + ("" if by_hand else f": {why}"), well=by_hand)
     loss = _last_loss(spec)
     print(f"  finished in {took}" + (f", loss {loss:.4f}" if loss is not None else ""), flush=True)
     return True

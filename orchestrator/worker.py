@@ -168,11 +168,9 @@ def _train(
 ) -> str:
     prepared = PreparedData.load(directory.data.read_text().strip())
     loader = spec.loader(prepared)
-    run_id = (
-        directory.run_id.read_text().strip() if directory.run_id.exists() else None
-    )  # a run of before there were any
     place_of = spec.checkpoint.url or str(directory.checkpoints)
-    store = CheckpointStore(place_of, spec.checkpoint, on_event=recorder.event, run_id=run_id)
+    claimed_by = directory.identity() if spec.checkpoint.url else None  # what lies in the run's directory is its own
+    store = CheckpointStore(place_of, spec.checkpoint, on_event=recorder.event, run_id=claimed_by)
     recorder.is_overtaken = store.is_overtaken
     rank_flops = flops_per_token(spec.model) * spec.batch_tokens * spec.steps / spec.layout.gpus
     choices = choose(ranks.device, spec.compile, rank_flops, spec.layout)
@@ -244,7 +242,15 @@ def _train(
         if not ranks.is_main:
             say(f"{kind}: {detail}")  # in its own log
 
-    profiler = StepProfiler(spec.profile, directory.profiles, recorder.attempt, here.rank, ranks.device, profiled)
+    profiler = StepProfiler(
+        spec.profile,
+        directory.profiles,
+        recorder.attempt,
+        here.rank,
+        ranks.device,
+        profiled,
+        lambda step: pulse("save", step),
+    )
     trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node, pulse, profiler)
     budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)
     with _BudgetWatch(directory, recorder, stop) if budgeted else nullcontext():

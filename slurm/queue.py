@@ -1,5 +1,6 @@
 """What Slurm says of jobs: one call of squeue, sacct or scontrol each, parsed. No answer is None, and never means "gone"."""
 
+import contextlib
 import re
 import socket
 import subprocess
@@ -88,7 +89,10 @@ def written_for(journal: Path, entry: Mapping[str, Any]) -> Path | None:
     """The run directory that a journal's entry is of, where it is not the one that the journal lies in: that is a copy, or was
     moved. None also where the entry does not say, as older ones."""
     other = Path(entry.get("run_dir") or journal.parent)
-    return None if other.resolve() == journal.parent.resolve() else other
+    with contextlib.suppress(OSError):
+        if other.samefile(journal.parent):  # also by another mount
+            return None
+    return other
 
 
 def max_array_size() -> int:

@@ -23,7 +23,7 @@ OURS = {  # options of sbatch that a user's must not replace
     "wait": "for a launch does not wait",
     "test-only": "for `arriero launch --dry-run` is there",
 }
-_WORDS = ("nodelist", "partition", "account", "qos", "reservation", "constraint", "exclude", "wckey", "gres")
+_WORDS = ("nodelist", "partition", "account", "qos", "reservation", "constraint", "exclude", "wckey")
 
 
 @dataclass(kw_only=True)

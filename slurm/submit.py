@@ -1,5 +1,6 @@
 """Submission through submitit: on this machine, or to Slurm. All state is on disk; a Slurm job is a name and a folder."""
 
+import contextlib
 import errno
 import fcntl
 import importlib
@@ -24,6 +25,8 @@ from submitit.slurm.slurm import _make_sbatch_string
 from slurm import queue
 from slurm.request import CannotSubmit, JobRequest, Refused
 
+# What sbatch says where slurmctld has not answered, and may have taken the job all the same.
+_UNHEARD = ("timed out", "Unable to contact", "Zero Bytes", "Connection", "Transport endpoint")
 SUPERVISE = "orchestrator.supervise"  # leads the ranks of a Slurm job
 _NO_LIMIT_MIN = 60 * 24 * 365  # submitit's goes by the wall clock and kills: the lead keeps the time itself
 LOCAL_LEAD = "orchestrator.local_lead:main"  # the same on this machine
@@ -111,6 +114,11 @@ def submit_once(request: JobRequest, journal: Path) -> tuple[str, bool]:
     killed in between finds the job again. sbatch itself holds the lock too: who comes later waits for its end, however
     long that takes. Raises CannotSubmit.
     """
+    if not shutil.which("sbatch"):
+        raise Refused(
+            f"cluster={request.cluster.name} is Slurm's, and this machine has no sbatch: launch from a login node, or start a "
+            "virtual cluster with `arriero cluster up`"
+        )
     with only_one(journal.with_suffix(".lock")) as lock:
         if known := _find(journal):
             return known, False
@@ -120,6 +128,13 @@ def submit_once(request: JobRequest, journal: Path) -> tuple[str, bool]:
         job_id = _sbatch(replace(request, token=token), lock)
         _write_journal(journal, token, job_id, cluster)
         return job_id, True
+
+
+def forget(journal: Path, folder: Path) -> None:
+    """Removes the folder of a run whose submission was refused, unless there is a job after all, or nobody can tell."""
+    with only_one(journal.with_suffix(".lock")), contextlib.suppress(CannotSubmit):
+        if _find(journal) is None:  # another launch of it may have been taken meanwhile
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def find(journal: Path) -> str | None:
@@ -153,8 +168,8 @@ def _find(journal: Path) -> str | None:
         if job.live and queue.is_of(job, entry["job_id"], entry["token"]):
             if other:
                 raise CannotSubmit(
-                    f"job {job.job_id}, in the queue or running, was submitted for {other}, which is not there: where that was "
-                    f"moved to {journal.parent}, end the job with `scancel {job.job_id}` first"
+                    f"job {job.job_id}, in the queue or running, was submitted for {other}, which is not there: if this machine "
+                    f"knows it as {journal.parent}, work where it has that name; if it was moved, `scancel {job.job_id}` first"
                 )
             return job.job_id
     # An empty list is no proof: the job may be another user's, launched into the same run directory.
@@ -208,11 +223,6 @@ def only_one(lock: Path) -> Iterator[int | None]:
 
 
 def _sbatch(request: JobRequest, lock: int | None) -> str:
-    if not shutil.which("sbatch"):
-        raise Refused(
-            f"cluster={request.cluster.name} is Slurm's, and this machine has no sbatch: launch from a login node, or start a "
-            "virtual cluster with `arriero cluster up`"
-        )
     logs = Path(request.run_dir) / "logs"
     logs.mkdir(exist_ok=True)
     executor = _slurm_executor(request)
@@ -227,7 +237,10 @@ def _sbatch(request: JobRequest, lock: int | None) -> str:
     )
     if done.returncode:
         script.unlink()
-        raise Refused(f"sbatch refused the job: {(done.stderr or done.stdout).strip()}")
+        said = (done.stderr or done.stdout).strip()
+        if any(words in said for words in _UNHEARD):
+            raise CannotSubmit(f"nobody can tell whether Slurm has taken the job: {said}. Run the same command again")
+        raise Refused(f"sbatch refused the job: {said}")
     try:
         job_id = str(executor._get_job_id_from_submission_command(done.stdout))
     except submitit.core.utils.FailedSubmissionError:

@@ -375,9 +375,13 @@ class CheckpointStore:
 
     def _claim(self) -> None:
         """Before a lease is taken, which would fence the other run."""
-        if self.run_id is None or self.storage.create(RUN, self.run_id.encode()):
+        if self.run_id is None:
             return
-        if (owner := self.storage.read(RUN).decode()) != self.run_id:
+        self.storage.create(RUN, self.run_id.encode())
+        owner = self.storage.read(RUN).decode().strip()  # read back: not every store knows who was first
+        if not owner:  # its writer was killed
+            self.storage.put(RUN, self.run_id.encode())
+        elif owner != self.run_id:
             raise CheckpointError(of_another_run(self.storage.root, owner, self.run_id))
 
     def _take_epoch(self) -> int:

@@ -48,10 +48,14 @@ class DataConfig:
         if not self.sources:
             found.append("data.sources is empty: name at least one source")
         for name, source in self.sources.items():
-            if not re.fullmatch(r"[\w-][\w.-]*", name) or name in ("manifest.json", "tokenizer.json"):
+            if (
+                not re.fullmatch(r"[^./\\][^/\\]*", name)
+                or not name.isprintable()
+                or name in ("manifest.json", "tokenizer.json")
+            ):
                 found.append(
-                    f"data.sources.{name}: a source's name becomes a folder's: only letters, digits, _, -, and . inside; "
-                    "not manifest.json or tokenizer.json"
+                    f"data.sources.{name}: a source's name becomes a folder's: without / and \\, no dot at its beginning, not "
+                    "manifest.json or tokenizer.json"
                 )
             if not source.path:
                 found.append(f"data.sources.{name}.path is empty: name a file, a folder or a glob")

@@ -114,13 +114,20 @@ class PreparedData:
         return _entropy_nats(mix)
 
 
-def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedData:
+class OtherTokens(ValueError):
+    """The texts, or how they are read, have changed; the text is the fingerprint that they have now."""
+
+
+def prepare(config: DataConfig, progress: Progress | None = None, expected: str | None = None) -> PreparedData:
     """Prepares the mix's tokens, or opens them where they are there already, and verifies those of up to VERIFIED_BYTES.
 
-    Raises ValueError naming the file and line where a source can't be read, or the file of prepared tokens that is damaged.
+    Raises ValueError naming the file and line where a source can't be read, or the file of prepared tokens that is damaged;
+    OtherTokens, before anything is prepared, where their fingerprint would not be the `expected` one.
     """
     files = {n: _files(n, s) for n, s in config.sources.items()}
     fingerprint = _fingerprint(config, files)
+    if expected and fingerprint != expected:
+        raise OtherTokens(fingerprint)
     final = Path(config.cache) / fingerprint
     if (final / "manifest.json").exists():
         return reopen(final)
@@ -152,7 +159,7 @@ def reopen(root: Path) -> PreparedData:
 
 def anew(root: Path) -> str:
     """The way out where prepared tokens are damaged."""
-    return f"delete {root} and launch again, which prepares it anew"
+    return f"move {root} away and launch again, which prepares it anew from the same texts"
 
 
 def _sha256(path: Path) -> str:

@@ -77,7 +77,7 @@ def make_trainer(
         SpikeWatch(SpikesConfig(name="t", vet_steps=vet_steps), [], list, rows.data_batch, event),
         f"node{rank}",
         Pulse(),
-        StepProfiler(ProfileConfig(name="t"), Path(), 1, rank, torch.device("cpu"), event),
+        StepProfiler(ProfileConfig(name="t"), Path(), 1, rank, torch.device("cpu"), event, lambda step: None),
         **more,
     )
     trainer.evaluate = lambda: None  # type: ignore[method-assign]

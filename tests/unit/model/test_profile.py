@@ -19,7 +19,7 @@ class Told(list[tuple[int, str]]):
 
 def profiler(folder: Path, told: Told, rank: int = 0, **config: object) -> StepProfiler:
     asked = ProfileConfig(name="test", **config)  # type: ignore[arg-type]
-    return StepProfiler(asked, folder, 1, rank, torch.device("cpu"), told)
+    return StepProfiler(asked, folder, 1, rank, torch.device("cpu"), told, lambda step: None)
 
 
 def traced(path: Path) -> dict[str, int]:

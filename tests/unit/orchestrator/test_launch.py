@@ -22,7 +22,7 @@ from orchestrator.console import plain_console
 from orchestrator.errors import Failure, UserError
 from orchestrator.record import Event, JsonlWriter, utc_now
 from orchestrator.run_dir import SWEEP, RunDir
-from slurm.request import Refused
+from slurm.request import CannotSubmit, Refused
 
 
 def test_a_run_is_graded_by_what_was_expected_at_its_first_start(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_the_checkpoints_of_another_run_are_refused(tmp_path: Path, monkeypatch:
     run_dir = RunDir(tmp_path / "runs" / "x")
     assert not run_dir.root.exists()
     run_dir.root.mkdir(parents=True)
-    run_dir.run_id.write_text("mine-123\n")  # as before its directory was called x
+    run_dir.run_id.write_text("mine-123\n/as/before/its/directory/was/called/x\n")
     launch._ask_store(spec, run_dir)
 
 
@@ -229,10 +229,42 @@ def test_a_run_keeps_the_tokens_of_its_first_start(tmp_path: Path, monkeypatch: 
 
     (tmp_path / "away").rename(tmp_path / "texts")
     shutil.rmtree(first.root)
-    with pytest.raises(UserError, match=f"trains on the tokens of .*{first.root.name}, which is gone.*the same texts"):
+    with pytest.raises(
+        UserError,
+        match=f"trains on the tokens of .*{first.root.name}, which is neither there .*its texts would give others",
+    ):
         launch.prepared_for(console, spec, run_dir)
     (tmp_path / "texts" / "more.txt").unlink()
-    assert launch.prepared_for(console, spec, run_dir).root.name == first.root.name
+    anew = launch.prepared_for(console, spec, run_dir)
+    assert anew.root.name == first.root.name
+    (tmp_path / "texts").rename(tmp_path / "away")
+    (tmp_path / "cache").rename(tmp_path / "moved")  # the whole project
+    spec.data = replace(spec.data, cache="moved")
+    assert launch.prepared_for(console, spec, run_dir).root == Path("moved") / first.root.name
+
+
+def test_a_moved_run_is_who_it_was_and_a_copy_is_not(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").touch()
+    prepared: Any = SimpleNamespace(root=tmp_path)
+
+    def launched(name: str) -> str:
+        run_dir = RunDir(tmp_path / name)
+        spec = replace(specs.compose(["model=nano"]), name=name, run_root=str(tmp_path))
+        launch.write_run_dir(spec, run_dir, [], prepared)
+        assert run_dir.identity()
+        return str(run_dir.identity())
+
+    first = launched("a")
+    assert launched("a") == first
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert RunDir(tmp_path / "b").identity() == first
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    assert launched("b") == first
+    assert RunDir(tmp_path / "c").identity() == first  # until it is told apart, by where b is now
+    shutil.copytree(tmp_path / "b", tmp_path / "d")
+    assert RunDir(tmp_path / "d").identity() is None
+    assert launched("d") != first
+    assert launched("b") == first
 
 
 def test_a_run_is_not_made_inside_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,3 +286,34 @@ def test_a_submission_that_slurm_refuses_leaves_the_name_free(tmp_path: Path, mo
         launch.launch(spec, [])
     assert not spec.run_dir.exists()
     launch._code_version.cache_clear()
+
+    def sbatch(says: str, queued: str = "") -> None:
+        for name, code, text in (("sbatch", 1, says), ("squeue", 0, queued), ("scontrol", 1, "")):
+            # of a job that was taken all the same squeue knows the comment, which is in the journal
+            lines = f"#!/bin/sh\n/usr/bin/printf '%s' '{text}' >&{2 if name == 'sbatch' else 1}\nexit {code}\n"
+            (tmp_path / name).write_text(lines)
+            (tmp_path / name).chmod(0o755)
+
+    sbatch("sbatch: error: Batch job submission failed: Invalid partition name specified")
+    with pytest.raises(Refused, match="Invalid partition"):
+        launch.launch(spec, [])
+    assert not spec.run_dir.exists()
+    sbatch("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    with pytest.raises(CannotSubmit, match=r"nobody can tell whether Slurm has taken the job.*same command again"):
+        launch.launch(spec, [])
+    assert json.loads(RunDir(spec.run_dir).submission.read_text())["token"]  # by which the same command finds it
+
+
+def test_a_run_of_slurms_starts_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run_dir = RunDir(tmp_path / "x")
+    run_dir.root.mkdir()
+    run_dir.submission.write_text(
+        json.dumps({"token": "t", "job_id": "7", "cluster": None, "run_dir": str(run_dir.root)})
+    )
+    console = plain_console()
+    with console.capture() as said:
+        assert launch._live_job(console, specs.compose(["name=x"]), run_dir) is None
+    assert "this machine has no squeue" in said.get()
+    with pytest.raises(CannotSubmit):
+        launch._live_job(console, specs.compose(["name=x", "cluster=slurm", "layout=fsdp"]), run_dir)

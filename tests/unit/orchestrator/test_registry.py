@@ -13,6 +13,7 @@ from orchestrator.logs import log_errors
 from orchestrator.record import Event, JsonlWriter, utc, utc_now
 from orchestrator.registry import RunRow
 from orchestrator.run_dir import RunDir
+from slurm import queue
 
 ROW = RunRow(
     name="a", run_dir="runs/a", state="running", why="step 7", job_id="12", step=7, steps=3000, loss_nats=2.5,
@@ -198,3 +199,20 @@ def test_a_local_run_that_reached_its_time_limit_says_so(tmp_path: Path) -> None
         events.write(Event(time_utc=utc_now(), kind="stopped", step=6, detail="saved at step 6 of 9"))
     (row,) = registry.rows([run.root])
     assert row.why == "saved at step 6 of 9"
+
+
+def test_a_run_that_has_failed_is_failed_while_its_job_is_about_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    run.spec.write_text("steps: 9\n")
+    run.submission.write_text(json.dumps({"job_id": "12", "token": "t"}))
+    running = queue.JobState(job_id="12", state="RUNNING", comment=queue.comment_of("t"))
+    monkeypatch.setattr(queue, "queued", lambda: {"12": running})
+    with JsonlWriter(run.events / "supervise.jsonl") as told:
+        for job_id, state in (("11", "running"), ("12", "failed")):
+            data = {"cause": "crash", "job_id": job_id}
+            told.write(Event(time_utc=utc_now(), kind="failed", step=4, detail="crash: 2 crashes", data=data))
+            (row,) = registry.rows([tmp_path])
+            assert row.state == state

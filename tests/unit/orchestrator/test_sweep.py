@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator import launch, sweep, sweep_slurm
+from orchestrator import spec as specs
 from orchestrator.energy.carbon import Start
 from orchestrator.errors import Failure, StoppedUnsaved, UserError
 from orchestrator.record import Event, JsonlWriter, StepRecord, utc_now
@@ -319,6 +320,31 @@ def test_each_point_has_a_place_of_its_own_for_its_checkpoints(tmp_path: Path, m
         sweep.launch_sweep(["model=nano", "name=lr", "checkpoint.url=s3://bucket/x/", "optim.lr=1e-3,2e-3,3e-3"])
     assert places == {name: f"s3://bucket/x/lr/{name}" for name in places}
     assert len(places) == 2
+
+    first = next(iter(places))
+    run_dir = RunDir(tmp_path / "runs" / "lr" / first)
+    begun = specs.compose(["model=nano", "name=lr", "checkpoint.url=s3://bucket/before"])
+    run_dir.spec.write_text(to_yaml(begun))  # of a sweep begun before, or under another name: it stays where it is
+    places.clear()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.launch_sweep(["model=nano", "name=lr", "checkpoint.url=s3://bucket/x", "optim.lr=1e-3,2e-3,3e-3"])
+    assert places[first] == "s3://bucket/before"
+
+
+def test_a_sweep_whose_point_has_spent_its_budget_has_not_gone_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def spent(spec: RunSpec, overrides: Sequence[str]) -> int:
+        with JsonlWriter(RunDir(spec.run_dir).events / "attempt-0001.jsonl") as events:
+            data = {"why": "1 kWh used of carbon.budget_kwh=1: raise it to go on"}
+            events.write(Event(time_utc=utc_now(), kind="stopped", step=3, detail="", data=data))
+        return 0
+
+    monkeypatch.setattr(launch, "launch", spent)
+    assert sweep.launch_sweep(["model=nano", "name=lr", "optim.lr=1e-3,2e-3"]) == 1
+    assert "saved: 1 kWh used of carbon.budget_kwh=1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("error", "code"), [(None, 0), (StoppedUnsaved("no room"), 1)])

@@ -13,7 +13,7 @@ from slurm.request import ClusterConfig
         ({"gres": "gpu:{}"}, "cluster.gres=gpu:{}: in braces stands {gpus_per_node}"),
         ({"gres": "gpu:{gpus}"}, "cluster.gres=gpu:{gpus}: in braces stands {gpus_per_node}"),
         ({"gres": "gpu:{"}, "cluster.gres=gpu:{: in braces"),
-        ({"gres": ""}, "cluster.gres is empty"),
+        ({"account": ""}, "cluster.account is empty"),
         ({"partition": ""}, "cluster.partition is empty: give it a value, or null for none"),
         ({"account": " "}, "cluster.account is empty"),
         ({"memory_gb_per_node": 0}, "cluster.memory_gb_per_node=0 must be at least 1, or null"),

@@ -348,6 +348,24 @@ def test_a_rewind_that_another_start_comes_before_takes_no_epoch(
     assert not second.is_overtaken()
 
 
+def test_a_place_is_of_the_run_that_first_started_there(tmp_path: Path) -> None:
+    def started(run_id: str) -> CheckpointStore:
+        found = CheckpointStore(str(tmp_path), config(), on_event=Events(), run_id=run_id)
+        found.load_latest(plain())
+        return found
+
+    started("mine").save(1, plain(1.0), {}, wait=True)
+    epochs = read_epochs(Storage(str(tmp_path)))
+    with pytest.raises(CheckpointError, match=r"holds the checkpoints of another run, mine, and this one is other"):
+        started("other")
+    assert read_epochs(Storage(str(tmp_path))) == epochs  # the other has fenced nobody
+    (tmp_path / "run.txt").write_text("mine\n")  # as by an editor
+    assert started("mine").saved_step == 1
+    (tmp_path / "run.txt").write_text("")  # as after a kill
+    started("mine")
+    assert (tmp_path / "run.txt").read_text() == "mine"
+
+
 def test_the_same_run_started_twice_fences_the_first(tmp_path: Path) -> None:
     events = Events()
     first = store(tmp_path, events)

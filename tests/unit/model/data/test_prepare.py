@@ -204,7 +204,7 @@ def test_empty_documents_are_counted_aloud(tmp_path: Path) -> None:
     assert "2 of 62 documents of only are empty" in said
 
 
-@pytest.mark.parametrize("name", ["../../evil", "a/b", "/a", ".hidden", "", "a b", "manifest.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "/a", ".hidden", "", "a\nb", "manifest.json", "tokenizer.json"])
 def test_a_source_whose_name_is_no_folders_is_refused(name: str) -> None:
     source = SourceConfig(path="x.jsonl", proportion=1)
     (problem,) = DataConfig(name="test", sources={name: source}).problems()
@@ -281,7 +281,7 @@ def test_damage_is_seen(tmp_path: Path) -> None:
         (root / file).write_bytes(data)
         assert PreparedData.load(root).verify() == [str(root / file)]
         with pytest.raises(
-            ValueError, match=rf"{file}: damaged, .*: delete {root} and launch again, which prepares it anew"
+            ValueError, match=rf"{file}: damaged, .*: move {root} away and launch again, which prepares it anew"
         ):
             prepare(about)
         (root / file).write_bytes(whole)
@@ -289,15 +289,15 @@ def test_damage_is_seen(tmp_path: Path) -> None:
     shard = root / "only" / "train-0000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(
-        ValueError, match=rf"train-0000\.bin has [\d,]+ bytes, not [\d,]+: delete {root} and launch again"
+        ValueError, match=rf"train-0000\.bin has [\d,]+ bytes, not [\d,]+: move {root} away and launch again"
     ):
         prepare(about)
     shard.unlink()
-    with pytest.raises(ValueError, match=rf"train-0000\.bin is missing: delete {root} and launch again"):
+    with pytest.raises(ValueError, match=rf"train-0000\.bin is missing: move {root} away and launch again"):
         prepare(about)
     for manifest in (b"{", b"[]", b"\xff", b"{}"):
         (root / "manifest.json").write_bytes(manifest)
-        with pytest.raises(ValueError, match=rf"manifest\.json is damaged \(.*\): delete {root} and launch again"):
+        with pytest.raises(ValueError, match=rf"manifest\.json is damaged \(.*\): move {root} away and launch again"):
             prepare(about)
     shutil.rmtree(root)
     assert prepare(about).verify() == []
@@ -313,7 +313,7 @@ def test_damage_of_what_is_too_large_to_verify_is_seen_when_it_is_read(
         path = root / "only" / file
         path.write_bytes(b"\xff" * path.stat().st_size)
     loader = Loader(prepare(about), about, sequence_length=16, batch_sequences=8, seed=1, skips=[])
-    message = rf"{{}} is damaged: it holds id 65,535 of a vocabulary of 400: delete {root}"
+    message = rf"{{}} is damaged: it holds id 65,535 of a vocabulary of 400: move {root} away"
     with pytest.raises(ValueError, match=message.format("train-0000.bin")):
         loader.batch(0, 0, 1)
     with pytest.raises(ValueError, match=message.format("held_out.bin")):
