@@ -60,6 +60,12 @@ class CarbonStatement:
         return self.gpu_hours * self.gpu_watts * self.pue / 1000
 
 
+def central(statement: CarbonStatement | None, name: str) -> float | None:
+    """Of the range `name`; None where it is not known."""
+    figure = getattr(statement, name, None)
+    return figure.central if figure else None
+
+
 @dataclass(frozen=True)
 class Figure:
     """One line of a statement."""

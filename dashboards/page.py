@@ -14,7 +14,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from dashboards.carbon import figures, remarks
+from dashboards.carbon import central, figures, remarks
 from dashboards.panels import PANELS, SECTIONS
 from dashboards.run_view import BUCKETS, Happening, RunView
 
@@ -89,9 +89,9 @@ def _run(run: RunView, config: dict[str, Any]) -> dict[str, Any]:
         "power_note": run.power_note,
         "energy_by_class": s.by_class_kwh if s is not None and measured else None,
         "energy_by_source": s.by_source_kwh if s is not None and measured else None,
-        "energy_kwh": s.site_energy_kwh.central if s is not None and s.site_energy_kwh else None,
+        "energy_kwh": central(s, "site_energy_kwh"),
         "energy_covered_share": s.covered_share if s is not None and measured else None,
-        "co2e_kg": s.co2e_kg.central if s is not None and s.co2e_kg else None,
+        "co2e_kg": central(s, "co2e_kg"),
         "carbon": None
         if s is None
         else {

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dashboards.carbon import sentence
+from dashboards.carbon import central, sentence
 from dashboards.panels import PANELS
 from dashboards.run_view import RunView
 
@@ -89,11 +89,7 @@ def as_json(run: RunView) -> dict[str, Any]:
         **{k: v if v is None or math.isfinite(v) else None for k, v in run.headline.items()},
         "seconds": {f"{kind}_s": round(s, 3) for kind, s in run.seconds.items()},
         "attempts": len(run.attempts),
-        "energy_kwh": run.statement.energy_kwh.central if run.statement and run.statement.energy_kwh else None,
-        "site_energy_kwh": run.statement.site_energy_kwh.central
-        if run.statement and run.statement.site_energy_kwh
-        else None,
-        "co2e_kg": run.statement.co2e_kg.central if run.statement and run.statement.co2e_kg else None,
+        **{name: central(run.statement, name) for name in ("energy_kwh", "site_energy_kwh", "co2e_kg")},
         "last_events": [{"kind": e.kind, "step": e.step, "detail": e.detail} for e in run.events[-6:]],
         "log_errors": [f"{e.file}:{e.line} {e.text}" for e in run.log_errors],
     }

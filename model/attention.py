@@ -60,13 +60,17 @@ def causal_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, context: Co
     return torch.cat(outs, dim=1)
 
 
+def repeat_heads(x_BTNH: Tensor, groups: int) -> Tensor:
+    """Each head `groups` times, next to each other; where that is once, the tensor itself."""
+    return x_BTNH if groups == 1 else x_BTNH.repeat_interleave(groups, 2)
+
+
 def _attend(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
     """Causal, where the last query stands at the last key."""
     queries, keys, groups = q_BTNH.shape[1], k_BTNH.shape[1], q_BTNH.shape[2] // k_BTNH.shape[2]
-    if (
-        groups > 1 and q_BTNH.is_cuda and q_BTNH.dtype == torch.float32
-    ):  # the one kernel that takes fp32 knows no groups
-        k_BTNH, v_BTNH, groups = k_BTNH.repeat_interleave(groups, 2), v_BTNH.repeat_interleave(groups, 2), 1
+    if groups > 1 and q_BTNH.is_cuda and q_BTNH.dtype == torch.float32:
+        # The one kernel that takes fp32 knows no groups.
+        k_BTNH, v_BTNH, groups = repeat_heads(k_BTNH, groups), repeat_heads(v_BTNH, groups), 1
     with sdpa_kernel(FUSED, set_priority=True):
         out_BNTH = scaled_dot_product_attention(
             q_BTNH.transpose(1, 2),
@@ -81,8 +85,9 @@ def _attend(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
 
 def reference_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
     """The same by the book, in fp32, weights and all: what the fused kernels are tested against."""
-    heads = q_BTNH.shape[2]
-    q, k, v = (x.transpose(1, 2).float().repeat_interleave(heads // x.shape[2], 1) for x in (q_BTNH, k_BTNH, v_BTNH))
+    groups = q_BTNH.shape[2] // k_BTNH.shape[2]
+    whole = (q_BTNH, repeat_heads(k_BTNH, groups), repeat_heads(v_BTNH, groups))
+    q, k, v = (x.transpose(1, 2).float() for x in whole)
     scores_BNTT = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     tokens = q.shape[-2]
     future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)

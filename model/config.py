@@ -19,9 +19,7 @@ class ModelConfig:
     sequence_length: int  # tokens in a row
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    n_kv_heads: int | None = (
-        None  # groups of queries that share a key and a value head (arXiv 2305.13245); null: n_heads
-    )
+    n_kv_heads: int | None = None  # of keys and values, each for a group of queries (2305.13245); null: n_heads
 
     @property
     def head_dim(self) -> int:

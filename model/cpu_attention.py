@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.attention import repeat_heads
+
 BLOCK = 128  # queries (backward: keys) at a time, at least: their scores stay in the cache
 BLOCKS = 8  # and at most so many blocks: each is compiled by itself
 
@@ -23,8 +25,8 @@ def block_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
     Fewer heads of keys and values (model/attention.py) are repeated, and kept so for the backward pass.
     """
     batch, tokens, heads, size = q_BTNH.shape
-    all_heads = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q_BTNH, k_BTNH, v_BTNH))
-    q, k, v = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in all_heads)
+    whole = (repeat_heads(x, heads // x.shape[2]) for x in (q_BTNH, k_BTNH, v_BTNH))
+    q, k, v = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in whole)
     out: Tensor = _BlockAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
     return out.view(batch, heads, tokens, size).transpose(1, 2)
 

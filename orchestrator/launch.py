@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -51,20 +50,8 @@ _SHOWN = set(
     " hung restarted straggler save_interval profiled time_limit".split()
 )
 
-# What may change between two starts of one run: where and how it runs, not what it computes.
-_MAY_CHANGE = (
-    "cluster",
-    "gpu",
-    "layout",
-    "checkpoint",
-    "dashboard",
-    "carbon",
-    "spikes",
-    "eval_every_steps",
-    "run_root",
-    "plan",
-    "profile",
-)
+# What may change between two starts of one run.
+_MAY_CHANGE = {*specs.WHERE_AND_HOW, "eval_every_steps"}
 
 
 def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> int:
@@ -98,7 +85,7 @@ def launch(spec: RunSpec, overrides: Sequence[str], dry_run: bool = False) -> in
                 f"{_short(run_dir.root)}` first, or launch another run with name=..."
             )
         console.print(f"{spec.name} is in the queue already, or runs: job {job_id}")
-        for line in _differences(run_dir, spec):
+        for line in _differences(run_dir, spec).values():
             console.print(f"  not for that job: {line}; cancel it and launch again")
         _print_what_next(console, run_dir)
         return 0
@@ -242,21 +229,22 @@ def _ask_gpus(spec: RunSpec) -> None:
     """Before ranks start on this machine's GPUs, whether torch finds one for each."""
     if spec.cluster.kind != "local" or spec.gpu.device != "cuda":
         return
-    words = [
-        sys.executable,
-        "-P",
-        "-c",
-        "import torch; print(torch.cuda.device_count())",
-    ]  # torch stays out of this process
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failure(f"torch could not be asked for GPUs: {done.stderr[-2000:].strip()}")
-    found, ranks = int(done.stdout.split()[-1]), spec.cluster.gpus_per_node
+    found, ranks = _gpus_here(), spec.cluster.gpus_per_node
     if found < ranks:
         raise UserError(
             f"gpu={spec.gpu.name} needs a GPU for each of cluster.gpus_per_node={ranks} rank(s), and torch finds {found} on this "
             "machine: choose gpu=cpu, fewer ranks, or cluster=slurm where the GPUs are"
         )
+
+
+@cache  # the points of a sweep share it
+def _gpus_here() -> int:
+    """As torch counts them, which stays out of this process."""
+    words = [sys.executable, "-P", "-c", "import torch; print(torch.cuda.device_count())"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failure(f"torch could not be asked for GPUs: {done.stderr[-2000:].strip()}")
+    return int(done.stdout.split()[-1])
 
 
 def on_cpus(spec: RunSpec) -> str:
@@ -369,19 +357,19 @@ def _refuse_changed(run_dir: RunDir, spec: RunSpec) -> None:
 
 def _changed(run_dir: RunDir, spec: RunSpec) -> list[str]:
     """What differs from the run that is there, among what may not; nothing where there is none."""
-    return [line for line in _differences(run_dir, spec) if re.split(r"[. ]", line)[0] not in _MAY_CHANGE]
+    return [line for key, line in _differences(run_dir, spec).items() if key.split(".")[0] not in _MAY_CHANGE]
 
 
-def _differences(run_dir: RunDir, spec: RunSpec) -> list[str]:
-    """What differs from the run that is there, but for where it lies; nothing where there is none."""
+def _differences(run_dir: RunDir, spec: RunSpec) -> dict[str, str]:
+    """What differs from the run that is there, by key, but for where it lies; nothing where there is none."""
     if not run_dir.spec.exists() or run_dir.spec.read_text(encoding="utf-8") == specs.to_yaml(spec):
-        return []  # the same text needs no parsing, which takes a tenth of a second of each point of a sweep
+        return {}  # the same text needs no parsing, which takes a tenth of a second of each point of a sweep
     before, now = _flat(specs.as_dict(specs.load(run_dir.spec))), _flat(specs.as_dict(spec))
-    return [
-        f"{key} was {before.get(key)}, now {now.get(key)}"
+    return {
+        key: f"{key} was {before.get(key)}, now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in ("name", "run_root")  # a directory may be moved, and renamed
-    ]
+    }
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,11 +7,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 
 def utc(time_s: float) -> str:
@@ -173,12 +173,20 @@ def read_all_steps(folder: Path) -> list[StepRecord]:
     return [_known(StepRecord, v) for path in sorted(folder.glob("*.jsonl")) for v in read_jsonl(path)]
 
 
-def kept_steps(records: list[StepRecord]) -> list[StepRecord]:
+class _Stepped(Protocol):
+    @property
+    def step(self) -> int: ...
+
+
+_S = TypeVar("_S", bound=_Stepped)
+
+
+def kept_steps(records: Sequence[_S]) -> list[_S]:
     """The steps that made the model: a record written later undoes every earlier one of its step or above.
 
     `records` are in the order in which they were written.
     """
-    kept: list[StepRecord] = []
+    kept: list[_S] = []
     for record in records:
         while kept and kept[-1].step >= record.step:
             kept.pop()

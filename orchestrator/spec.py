@@ -183,6 +183,9 @@ def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, value
 
 
+# Sections that say where and how a run runs, not what it computes.
+WHERE_AND_HOW = frozenset("cluster gpu layout checkpoint dashboard carbon spikes plan profile".split())  # noqa: SIM905
+
 # What Hydra, OmegaConf and the YAML files of a user's own groups raise.
 _UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 

@@ -37,19 +37,7 @@ from orchestrator.sweep_optuna import Search, optimise, search_of
 from orchestrator.sweep_slurm import submit_points, wait_for
 
 # Where and how a point runs, not what it computes: another cluster or a finer log makes no other point (unless it is swept).
-_NOT_CONTENT = {
-    "cluster",
-    "gpu",
-    "layout",
-    "checkpoint",
-    "dashboard",
-    "carbon",
-    "spikes",
-    "plan",
-    "profile",
-    "run_root",
-    "name",
-}
+_NOT_CONTENT = {*specs.WHERE_AND_HOW, "run_root", "name"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -496,8 +484,8 @@ def _run(head: str, point: Point, spec: RunSpec, pause_step: int | None = None) 
     if not _finished(spec):
         if pause_step and _steps_done(spec) >= pause_step:
             return True
-        stopped = [e for e in read_events(run_dir.events) if e.kind == "stopped"]
-        why = stopped[-1].data.get("why") if stopped else None
+        stopped = launching._newest(read_events(run_dir.events), "stopped")
+        why = stopped.data.get("why") if stopped else None
         by_hand = why in (None, "SIGINT", "SIGTERM")  # not by a budget or a time limit, which the others would meet too
         raise _Stopped(f"stopped in {point.directory}, saved" + ("" if by_hand else f": {why}"), well=by_hand)
     loss = _last_loss(spec)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dashboards.carbon import CarbonStatement
+from dashboards.carbon import CarbonStatement, central
 from dashboards.sweep_page import APART, SweepPoint, equals, sweep_page
 from model.cost import parameter_count
 from orchestrator import spec as specs
@@ -43,14 +43,9 @@ class SweepReport:
             "axes": self.axes,
             "points": [{n: getattr(p, n) for n in [*names.split(), "detail"]} for p in self.points],
             "steps_saved_share": self.steps_saved_share,
-            "energy_site_kwh": _central(self.total, "site_energy_kwh"),
-            "co2e_kg": _central(self.total, "co2e_kg"),
+            "energy_site_kwh": central(self.total, "site_energy_kwh"),
+            "co2e_kg": central(self.total, "co2e_kg"),
         }
-
-
-def _central(statement: CarbonStatement | None, name: str) -> float | None:
-    figure = getattr(statement, name, None)
-    return figure.central if figure else None
 
 
 def status(root: Path) -> list[dict[str, Any]]:
@@ -174,9 +169,9 @@ def _point(
         parameters=parameter_count(spec.model) if spec else None,
         tokens=int(tokens[-1]) if len(tokens) else 0,
         steps_s=float(columns["step_s"].sum()) if len(columns) else 0.0,
-        energy_kwh=_central(statement, "energy_kwh"),
-        energy_site_kwh=_central(statement, "site_energy_kwh"),
-        co2e_kg=_central(statement, "co2e_kg"),
+        energy_kwh=central(statement, "energy_kwh"),
+        energy_site_kwh=central(statement, "site_energy_kwh"),
+        co2e_kg=central(statement, "co2e_kg"),
         curve=[(t, y) for t, y in curve if math.isfinite(y) and t > 0],
         detail=_detail(runs[point.directory]),
         corpus=corpus(spec) if spec else "",
@@ -211,7 +206,7 @@ def markdown(found: SweepReport) -> str:
                 _thousandths(p.co2e_kg),
             ]
             lines.append("| " + " | ".join(cells) + " |")
-    energy, carbon = _central(found.total, "site_energy_kwh"), _central(found.total, "co2e_kg")
+    energy, carbon = central(found.total, "site_energy_kwh"), central(found.total, "co2e_kg")
     together = f"{_thousandths(energy)} Wh (site)" if energy is not None else "no energy was measured"
     together += f", {_thousandths(carbon)} g CO2e" if carbon is not None else ", no carbon intensity is configured"
     if found.steps_saved_share:
@@ -232,8 +227,8 @@ def write_page(found: SweepReport, output: Path) -> Path:
         found.root.resolve().name,
         found.axes,
         found.points,
-        _central(found.total, "site_energy_kwh"),
-        _central(found.total, "co2e_kg"),
+        central(found.total, "site_energy_kwh"),
+        central(found.total, "co2e_kg"),
         f"halving saved {found.steps_saved_share:.0%} of all steps" if found.steps_saved_share else "",
     )
     temporary = output.with_name(f".{output.name}.new")

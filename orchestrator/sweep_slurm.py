@@ -180,10 +180,8 @@ def live_points(root: Path) -> dict[str, str] | None:
     paths = sorted((root / "submissions").glob("*.json"))
     if not paths:
         return {}
-    journals = {path: json.loads(path.read_text()) for path in paths}
-    journals = {
-        path: journal for path, journal in journals.items() if not queue.written_for(path, journal)
-    }  # no copies
+    found_there = ((path, json.loads(path.read_text())) for path in paths)
+    journals = {path: journal for path, journal in found_there if not queue.written_for(path, journal)}  # no copies
     for path, journal in journals.items():
         if not journal["job_id"]:
             sbatch_settled(path.with_suffix(".lock"))

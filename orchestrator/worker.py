@@ -249,7 +249,7 @@ def _train(
         here.rank,
         ranks.device,
         profiled,
-        lambda step: pulse("save", step),
+        partial(pulse, "save"),
     )
     trainer = make(config, ranks, loader, store, recorder, stop_requested, watch, here.node, pulse, profiler)
     budgeted = ranks.is_main and (spec.carbon.budget_kwh is not None or spec.carbon.budget_t_co2e is not None)

@@ -57,9 +57,8 @@ class ClusterConfig:
     wckey: str | None = None
     gres: str | None = "gpu:{gpus_per_node}"  # null where the site uses --gpus-per-node or nothing
     setup: list[str] = field(default_factory=list)  # lines before srun: modules, containers
-    sbatch: dict[str, str] = field(
-        default_factory=dict
-    )  # further sbatch parameters, name: value; true: a flag without one
+    # Further sbatch parameters, name: value; true: a flag without one.
+    sbatch: dict[str, str] = field(default_factory=dict)
 
     @property
     def gpus(self) -> int:

@@ -13,11 +13,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
-from orchestrator.record import read_all_steps
+from orchestrator.record import kept_steps, read_all_steps
 from orchestrator.run_dir import RunDir
 from orchestrator.spikes.config import SpikesConfig
 from orchestrator.spikes.finding import STOPPING, Finding, Kind
@@ -289,12 +290,8 @@ def _observed(rows: Iterable[Mapping[str, Any]]) -> Log:
 
 
 def _without_undone(log: Log, judge_undone: bool) -> Log:
-    kept: list[Observation] = []
-    for o in log.observations:
-        log.returns += bool(kept) and kept[-1].step >= o.step
-        while kept and kept[-1].step >= o.step:
-            kept.pop()
-        kept.append(o)
+    kept = kept_steps(log.observations)
+    log.returns = sum(after.step <= before.step for before, after in pairwise(log.observations))
     log.rows, log.undone_judged = len(log.observations), judge_undone
     log.undone = log.rows - len(kept)
     if not judge_undone:
